@@ -103,6 +103,7 @@ struct pinion_wait {
 #define PINION_STATUS_CONTEXT_ERROR	8	/* an earlier submission of this file failed */
 #define PINION_STATUS_FAULT		9	/* the process could not have made this access either */
 #define PINION_STATUS_DEVICE_LOST	0x100	/* the device has gone, or does not answer */
+#define PINION_STATUS_NOT_EXCLUSIVE	0x101	/* a page that cannot be pinned: file-backed, or in use by others */
 
 /* Says how the pages of a range are to be treated. The range is page-aligned. */
 struct pinion_advise {

@@ -1,0 +1,556 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The device: its requests, its events, and what becomes of it.
+//!
+//! Locks, in the order in which they are taken:
+//!
+//! 1. `AddressSpace::handling`, `AddressSpace::submitting`
+//! 2. mmap_lock
+//! 3. folio locks
+//! 4. the state of an interval notifier (`hmm::notifier`); under it nothing is allocated
+//! 5. `Gpu::transport` (held only to take or drop it), `Contexts::table`
+//! 6. spinlocks: channels, fences, the page table of `hmm::memory`
+//!
+//! A request waits with 4 held, but for a time that is bounded: a device that does not answer within
+//! `timeout_ms` is lost. It is then reset, which ends all that was outstanding, and nothing is asked of it
+//! any more. Loss is final until the device is probed again.
+
+use crate::{
+    abi,
+    address_space::AddressSpace,
+    chardev::CharDevice,
+    file::FileHandle,
+    hmm::memory::PrivateMemory,
+    residency::Residency,
+    sync::{Completion, ModuleQueue},
+    virtio::{self, Channel, Device, Layout, Pending, Transport},
+};
+use core::ops::Range;
+use kernel::{
+    device, impl_has_work, new_mutex, new_spinlock, new_work,
+    prelude::*,
+    str::CString,
+    sync::{
+        aref::ARef,
+        atomic::{Acquire, Atomic, Full, Release},
+        Arc, Mutex, SpinLock,
+    },
+    time::Msecs,
+    workqueue::{Work, WorkItem},
+};
+
+/// Slots of the control queue, and of the invalidation queue.
+const CONTROL_SLOTS: usize = 16;
+/// Slots of a ring.
+const RING_SLOTS: usize = 64;
+/// Page table entries in one request that this driver sends.
+const MAP_ENTRIES: usize = 1;
+/// Most commands in a batch that this driver sends.
+const MAX_BATCH: u32 = 64;
+/// Pages that can be pinned at a time.
+const PIN_PAGES: usize = 32768;
+
+/// What the device offers.
+pub(crate) struct Limits {
+    /// Number of rings.
+    pub(crate) rings: u32,
+    /// Most commands in one submission.
+    pub(crate) max_batch: u32,
+    /// Bytes of VRAM.
+    pub(crate) vram_size: u64,
+}
+
+/// The address spaces that are open, by context.
+#[pin_data]
+pub(crate) struct Contexts {
+    #[pin]
+    table: SpinLock<KVVec<Option<Arc<AddressSpace>>>>,
+    /// Contexts that are taken, though not (yet, or any more) in the table.
+    #[pin]
+    taken: SpinLock<KVVec<bool>>,
+}
+
+impl Contexts {
+    fn new(count: usize) -> Result<Arc<Self>> {
+        let mut table = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            table.push(None, GFP_KERNEL)?;
+        }
+        let taken = KVVec::from_elem(false, count, GFP_KERNEL)?;
+        Arc::pin_init(
+            pin_init!(Self { table <- new_spinlock!(table), taken <- new_spinlock!(taken) }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Reserves a context.
+    fn reserve(&self) -> Result<u32> {
+        let mut taken = self.taken.lock();
+        let context = taken.iter().position(|taken| !taken).ok_or(ENOSPC)?;
+        taken[context] = true;
+        Ok(context as u32)
+    }
+
+    /// Makes `space` known under its context, or no address space.
+    fn set(&self, context: u32, space: Option<Arc<AddressSpace>>) {
+        let old = {
+            let mut table = self.table.lock();
+            table.get_mut(context as usize).and_then(|entry| core::mem::replace(entry, space))
+        };
+        // Not under the lock: it can be the last.
+        drop(old);
+    }
+
+    fn release(&self, context: u32) {
+        if let Some(taken) = self.taken.lock().get_mut(context as usize) {
+            *taken = false;
+        }
+    }
+
+    /// The address space of a context.
+    pub(crate) fn get(&self, context: u32) -> Option<Arc<AddressSpace>> {
+        self.table.lock().get(context as usize).cloned().flatten()
+    }
+}
+
+/// A Pinion device.
+#[pin_data]
+pub(crate) struct Gpu {
+    device: ARef<device::Device>,
+    number: Number,
+    limits: Limits,
+    control: Arc<Channel>,
+    invalidation: Arc<Channel>,
+    event: Arc<Channel>,
+    rings: KVec<Arc<Channel>>,
+    contexts: Arc<Contexts>,
+    memory: Arc<PrivateMemory<Residency>>,
+    lost: Atomic<bool>,
+    /// The device has been reset and touches nothing any more.
+    #[pin]
+    stopped: Completion,
+    #[pin]
+    transport: Mutex<Option<Transport>>,
+    #[pin]
+    node: Mutex<Option<Pin<KBox<CharDevice<FileHandle, Arc<Gpu>>>>>>,
+    #[pin]
+    event_work: Work<Gpu, 0>,
+    #[pin]
+    loss_work: Work<Gpu, 1>,
+}
+
+impl_has_work! {
+    impl HasWork<Self, 0> for Gpu { self.event_work }
+    impl HasWork<Self, 1> for Gpu { self.loss_work }
+}
+
+/// Events have come.
+impl WorkItem<0> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        this.event.drain(|bytes| match abi::EventRecord::read_from_bytes(bytes) {
+            Ok(event) => this.handle_event(&event),
+            Err(_) => dev_err!(this.device, "an event of {} bytes; expected 64\n", bytes.len()),
+        });
+    }
+}
+
+/// The device is lost: make sure that it touches nothing any more.
+impl WorkItem<1> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        this.stop();
+    }
+}
+
+/// Numbers of the devices that exist, as bits.
+static NUMBERS: Atomic<u64> = Atomic::new(0);
+
+/// The number in `/dev/pinionN`.
+struct Number(u32);
+
+impl Number {
+    fn allocate() -> Result<Self> {
+        let mut numbers = NUMBERS.load(Acquire);
+        loop {
+            let number = numbers.trailing_ones();
+            let bit = 1u64.checked_shl(number).ok_or(ENOSPC)?;
+            match NUMBERS.cmpxchg(numbers, numbers | bit, Full) {
+                Ok(_) => return Ok(Self(number)),
+                Err(current) => numbers = current,
+            }
+        }
+    }
+}
+
+impl Drop for Number {
+    fn drop(&mut self) {
+        let mut numbers = NUMBERS.load(Acquire);
+        while let Err(current) = NUMBERS.cmpxchg(numbers, numbers & !(1 << self.0), Full) {
+            numbers = current;
+        }
+    }
+}
+
+/// How long the device may take for an answer.
+fn timeout() -> Msecs {
+    crate::module_parameters::timeout_ms.value().clamp(100, 600_000)
+}
+
+/// Turns the status of a request into an error.
+fn check(status: u32) -> Result {
+    match status {
+        abi::STATUS_OK => Ok(()),
+        abi::STATUS_LIMIT => Err(ENOMEM),
+        abi::STATUS_NO_CONTEXT | abi::STATUS_NO_FAULT => Err(ENOENT),
+        abi::STATUS_CONTEXT_EXISTS => Err(EEXIST),
+        _ => Err(EIO),
+    }
+}
+
+impl Gpu {
+    /// What the device offers.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The struct pages that stand in for pinned ones.
+    pub(crate) fn memory(&self) -> &PrivateMemory<Residency> {
+        &self.memory
+    }
+
+    /// The channel of a ring.
+    pub(crate) fn ring(&self, ring: u32) -> Result<&Arc<Channel>> {
+        self.rings.get(ring as usize).ok_or(EINVAL)
+    }
+
+    /// For messages.
+    pub(crate) fn device(&self) -> &device::Device {
+        &self.device
+    }
+
+    /// Whether the device is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Acquire)
+    }
+
+    /// Declares the device lost. It will be reset as soon as possible.
+    fn lose(self: &Arc<Self>, why: &str) {
+        if !self.lost.xchg(true, Full) {
+            dev_err!(self.device, "device lost: {}; outstanding work is given up\n", why);
+            // Fails only if it is queued already.
+            let _ = ModuleQueue::get().map(|queue| queue.enqueue::<_, 1>(self.clone()));
+        }
+    }
+
+    /// Resets the device and ends all requests.
+    fn stop(&self) {
+        self.lost.store(true, Release);
+        let transport = self.transport.lock().take();
+        drop(transport);
+        self.stopped.complete_all();
+    }
+
+    /// Waits for the answer to a request; a device that does not give one is lost.
+    fn answer(self: &Arc<Self>, pending: Pending<'_>, what: &str) -> Result<abi::Response> {
+        match pending.wait::<abi::Response>(timeout()) {
+            Ok(response) => Ok(response),
+            Err(error) => {
+                if error == ETIMEDOUT {
+                    self.lose(what);
+                }
+                Err(ENODEV)
+            }
+        }
+    }
+
+    /// Sends a request on the control queue and waits for the answer.
+    fn request<T: IntoBytes + zerocopy::Immutable>(self: &Arc<Self>, request: &T, what: &str) -> Result<u64> {
+        if self.is_lost() {
+            return Err(ENODEV);
+        }
+        let pending = self.control.request(timeout(), |output| put(output, request.as_bytes()))?;
+        self.control.kick();
+        let response = self.answer(pending, what)?;
+        check(response.status)?;
+        Ok(response.value)
+    }
+
+    /// Asks whether the device is still there.
+    pub(crate) fn ping(self: &Arc<Self>) -> Result {
+        self.request(&header(abi::REQUEST_PING, 0), "no answer to PING").map(|_| ())
+    }
+
+    /// Makes a context for a new address space.
+    pub(crate) fn create_context(self: &Arc<Self>) -> Result<u32> {
+        let context = self.contexts.reserve()?;
+        let request = header(abi::REQUEST_CONTEXT_CREATE, context);
+        if let Err(error) = self.request(&request, "no answer to CONTEXT_CREATE") {
+            self.contexts.release(context);
+            return Err(error);
+        }
+        Ok(context)
+    }
+
+    /// Has events of `context` go to `space`.
+    pub(crate) fn publish(&self, context: u32, space: Arc<AddressSpace>) {
+        self.contexts.set(context, Some(space));
+    }
+
+    /// Ends a context. When this returns, the device accesses nothing of it any more.
+    pub(crate) fn destroy_context(self: &Arc<Self>, context: u32) {
+        let request = header(abi::REQUEST_CONTEXT_DESTROY, context);
+        if self.request(&request, "no answer to CONTEXT_DESTROY").is_err() {
+            self.wait_stopped();
+        }
+    }
+
+    /// Forgets the address space of a context that has ended, and frees its number.
+    pub(crate) fn forget_context(&self, context: u32) {
+        self.contexts.set(context, None);
+        self.contexts.release(context);
+    }
+
+    /// Writes a page table entry, and retries the accesses that are stalled on `fault`. Returns when that has
+    /// happened, so that whoever keeps the page meanwhile has let the device make progress.
+    ///
+    /// Both requests go over the bus at once.
+    pub(crate) fn map_and_replay(
+        self: &Arc<Self>,
+        context: u32,
+        va: u64,
+        entry: u64,
+        fault: u64,
+    ) -> Result {
+        if self.is_lost() {
+            return Err(ENODEV);
+        }
+        let request = abi::MapRequest {
+            header: header(abi::REQUEST_MAP, context),
+            va,
+            count: 1,
+            reserved: 0,
+        };
+        let map = self.control.request(timeout(), |output| {
+            let length = put(output, request.as_bytes());
+            length + put(&mut output[length..], entry.as_bytes())
+        })?;
+        let request = fault_request(abi::REQUEST_REPLAY, context, fault);
+        let replay = self.control.request(timeout(), |output| put(output, request.as_bytes()));
+        self.control.kick();
+        check(self.answer(map, "no answer to MAP")?.status)?;
+        let replay = self.answer(replay?, "no answer to REPLAY")?;
+        // The fault may be gone with its context.
+        match check(replay.status) {
+            Err(error) if error == ENOENT => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Gives up the accesses that are stalled on `fault`.
+    pub(crate) fn cancel(self: &Arc<Self>, context: u32, fault: u64) -> Result {
+        let request = fault_request(abi::REQUEST_CANCEL, context, fault);
+        self.request(&request, "no answer to CANCEL").map(|_| ())
+    }
+
+    /// Clears the entries of `range`. When this returns, no access through them is under way or will begin;
+    /// if the device does not say so, then because it has been reset.
+    ///
+    /// Allocates nothing and waits a bounded time.
+    pub(crate) fn invalidate(self: &Arc<Self>, context: u32, range: Range<u64>) {
+        if self.try_invalidate(context, range).is_err() {
+            self.wait_stopped();
+        }
+    }
+
+    fn try_invalidate(self: &Arc<Self>, context: u32, range: Range<u64>) -> Result {
+        if self.is_lost() {
+            return Err(ENODEV);
+        }
+        let request = abi::InvalidateRequest {
+            header: abi::RequestHeader {
+                opcode: abi::REQUEST_INVALIDATE,
+                flags: abi::INVALIDATE_CLEAR,
+                context,
+            },
+            va: range.start,
+            length: range.end - range.start,
+        };
+        let pending = match self.invalidation.request(timeout(), |output| put(output, request.as_bytes())) {
+            Ok(pending) => pending,
+            Err(error) => {
+                if error == ETIMEDOUT {
+                    self.lose("its invalidation queue is stuck");
+                }
+                return Err(error);
+            }
+        };
+        self.invalidation.kick();
+        match self.answer(pending, "no answer to INVALIDATE")?.status {
+            // A context that does not exist accesses nothing.
+            abi::STATUS_OK | abi::STATUS_NO_CONTEXT => Ok(()),
+            status => {
+                dev_err!(self.device, "INVALIDATE ended with status {}\n", status);
+                self.lose("it did not invalidate");
+                Err(EIO)
+            }
+        }
+    }
+
+    /// Waits until a lost device has been reset.
+    fn wait_stopped(self: &Arc<Self>) {
+        if !self.is_lost() {
+            self.lose("a request failed");
+        }
+        if self.stopped.wait(timeout()).is_err() {
+            dev_err!(self.device, "the lost device could not be reset in time\n");
+        }
+    }
+
+    fn handle_event(self: &Arc<Self>, event: &abi::EventRecord) {
+        match event.kind {
+            abi::EVENT_FAULT => {
+                if let Some(space) = self.contexts.get(event.context) {
+                    space.fault(event);
+                }
+            }
+            abi::EVENT_CONTEXT_ERROR => {
+                dev_dbg!(self.device, "context {} in error: status {}\n", event.context, event.status);
+            }
+            kind => dev_err!(self.device, "an event of unknown kind {}\n", kind),
+        }
+    }
+}
+
+/// Copies `bytes` to the beginning of `output`; returns how many.
+fn put(output: &mut [u8], bytes: &[u8]) -> usize {
+    let length = bytes.len().min(output.len());
+    output[..length].copy_from_slice(&bytes[..length]);
+    length
+}
+
+fn header(opcode: u16, context: u32) -> abi::RequestHeader {
+    abi::RequestHeader { opcode, flags: 0, context }
+}
+
+fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
+    abi::FaultRequest { header: header(opcode, context), fault }
+}
+
+/// Believes the device only what makes sense.
+fn validate(device: &Device) -> Result<abi::Config> {
+    let config: abi::Config = device.read_config();
+    let dev = device.generic();
+    if config.magic != abi::MAGIC {
+        dev_info!(dev, "magic {:#x} is not Pinion's; leaving the device alone\n", config.magic);
+        return Err(ENODEV);
+    }
+    if config.version != abi::VERSION {
+        dev_err!(dev, "interface version {}; this driver knows {}\n", config.version, abi::VERSION);
+        return Err(ENODEV);
+    }
+    let sane = config.va_bits == abi::VA_BITS
+        && config.page_shift == abi::PAGE_SHIFT
+        && (1..=abi::MAX_RINGS).contains(&config.num_rings)
+        && (1..=1 << 20).contains(&config.max_contexts)
+        && config.max_batch > 0
+        && config.max_map_entries > 0;
+    if !sane {
+        dev_err!(dev, "configuration out of range: {:?}\n", config);
+        return Err(EINVAL);
+    }
+    Ok(config)
+}
+
+impl virtio::Driver for Gpu {
+    const NAME: &'static CStr = c"pinion";
+    const DEVICE_ID: u32 = abi::VIRTIO_ID;
+
+    fn probe(device: &Device) -> Result<Arc<Self>> {
+        let config = validate(device)?;
+        let response = size_of::<abi::Response>();
+        let max_batch = config.max_batch.min(MAX_BATCH);
+        let mut layouts = KVec::new();
+        let mut layout = |output, input, slots| {
+            layouts.push(Layout { output, input, slots }, GFP_KERNEL)
+        };
+        layout(size_of::<abi::MapRequest>() + MAP_ENTRIES * size_of::<u64>(), response, CONTROL_SLOTS)?;
+        layout(size_of::<abi::InvalidateRequest>(), response, CONTROL_SLOTS)?;
+        layout(0, size_of::<abi::EventRecord>(), usize::MAX)?;
+        for _ in 0..config.num_rings {
+            let commands = max_batch as usize * size_of::<abi::Command>();
+            layout(size_of::<abi::SubmitHeader>() + commands, size_of::<abi::Completion>(), RING_SLOTS)?;
+        }
+        let contexts = Contexts::new(config.max_contexts as usize)?;
+        let memory = PrivateMemory::new(c"pinion", PIN_PAGES, Residency::new(contexts.clone()))?;
+        let transport = Transport::new::<Self>(device, &layouts)?;
+        let mut rings = KVec::new();
+        for ring in 0..config.num_rings {
+            let channel = transport.channel((abi::QUEUE_FIRST_RING + ring).into())?;
+            rings.push(channel, GFP_KERNEL)?;
+        }
+        let control = transport.channel(abi::QUEUE_CONTROL.into())?;
+        let invalidation = transport.channel(abi::QUEUE_INVALIDATE.into())?;
+        let event = transport.channel(abi::QUEUE_EVENT.into())?;
+        let limits = Limits { rings: config.num_rings.into(), max_batch, vram_size: config.vram_size };
+        Arc::pin_init(
+            try_pin_init!(Self {
+                device: device.generic().into(),
+                number: Number::allocate()?,
+                limits,
+                control,
+                invalidation,
+                event,
+                rings,
+                contexts,
+                memory,
+                lost: Atomic::new(false),
+                stopped <- Completion::new(),
+                transport <- new_mutex!(Some(transport), "Gpu::transport"),
+                node <- new_mutex!(None, "Gpu::node"),
+                event_work <- new_work!("Gpu::event_work"),
+                loss_work <- new_work!("Gpu::loss_work"),
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    fn started(this: &Arc<Self>) -> Result {
+        if let Some(transport) = &*this.transport.lock() {
+            transport.ready();
+        }
+        this.event.post_inputs()?;
+        this.ping()?;
+        let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
+        let node = KBox::pin_init(CharDevice::new(name, 0o666, this.clone()), GFP_KERNEL)?;
+        *this.node.lock() = Some(node);
+        Ok(())
+    }
+
+    fn interrupt(this: &Arc<Self>, queue: u16) {
+        match queue {
+            abi::QUEUE_CONTROL => this.control.collect(),
+            abi::QUEUE_INVALIDATE => this.invalidation.collect(),
+            // Fails if it is queued already, which is as good.
+            abi::QUEUE_EVENT => {
+                let _ = ModuleQueue::get().map(|queue| queue.enqueue::<_, 0>(this.clone()));
+            }
+            queue => {
+                if let Some(ring) = this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize) {
+                    ring.collect();
+                }
+            }
+        }
+    }
+
+    fn remove(this: Arc<Self>) {
+        let node = this.node.lock().take();
+        drop(node);
+        this.stop();
+        // Whoever is pinning a page finds the device lost, and is done after this.
+        ModuleQueue::flush();
+        Residency::evict_all(&this);
+    }
+}

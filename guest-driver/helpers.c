@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * C functions for what Rust cannot call itself: static inline functions and macros of the kernel. Nothing is
+ * decided here; each function does what its name says, and the Rust abstraction that calls it argues why it may.
+ */
+#include <linux/hmm.h>
+#include <linux/ioport.h>
+#include <linux/memremap.h>
+#include <linux/migrate.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/pagemap.h>
+#include <linux/scatterlist.h>
+#include <linux/semaphore.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/workqueue.h>
+
+#include "helpers.h"
+
+/* hmm/range.rs writes these out, because bindgen cannot. */
+static_assert(HMM_PFN_VALID == 1UL << 63);
+static_assert(HMM_PFN_WRITE == 1UL << 62);
+static_assert(HMM_PFN_ERROR == 1UL << 61);
+static_assert(HMM_PFN_REQ_FAULT == HMM_PFN_VALID);
+static_assert(HMM_PFN_REQ_WRITE == HMM_PFN_WRITE);
+static_assert(HMM_PFN_ORDER_SHIFT == 53);
+
+/* virtio */
+
+int pinion_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue **vqs,
+			   void (*callback)(struct virtqueue *vq))
+{
+	static const char * const names[] = { "control", "invalidate", "event" };
+	struct virtqueue_info info[PINION_MAX_QUEUES] = {};
+	unsigned int i;
+
+	if (WARN_ON_ONCE(count > PINION_MAX_QUEUES))
+		return -EINVAL;
+	for (i = 0; i < count; i++) {
+		info[i].name = i < ARRAY_SIZE(names) ? names[i] : "ring";
+		info[i].callback = callback;
+	}
+	return virtio_find_vqs(vdev, count, vqs, info, NULL);
+}
+
+void pinion_virtio_del_vqs(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+void pinion_virtio_device_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}
+
+void pinion_virtio_read_config(struct virtio_device *vdev, void *buf, size_t len)
+{
+	virtio_cread_bytes(vdev, 0, buf, len);
+}
+
+void *pinion_virtio_get_private(struct virtio_device *vdev)
+{
+	return smp_load_acquire(&vdev->priv);
+}
+
+void pinion_virtio_set_private(struct virtio_device *vdev, void *private)
+{
+	smp_store_release(&vdev->priv, private);
+}
+
+struct device *pinion_virtio_device(struct virtio_device *vdev)
+{
+	return &vdev->dev;
+}
+
+struct virtio_device *pinion_virtqueue_device(struct virtqueue *vq)
+{
+	return vq->vdev;
+}
+
+unsigned int pinion_virtqueue_index(struct virtqueue *vq)
+{
+	return vq->index;
+}
+
+int pinion_virtqueue_add(struct virtqueue *vq, void *out, size_t out_len, void *in, size_t in_len, void *token)
+{
+	struct scatterlist out_sg, in_sg, *sgs[2];
+	unsigned int outs = 0, ins = 0;
+
+	if (out_len) {
+		sg_init_one(&out_sg, out, out_len);
+		sgs[outs++] = &out_sg;
+	}
+	if (in_len) {
+		sg_init_one(&in_sg, in, in_len);
+		sgs[outs + ins++] = &in_sg;
+	}
+	/* The device does not offer indirect descriptors, so this allocates nothing. */
+	return virtqueue_add_sgs(vq, sgs, outs, ins, token, GFP_ATOMIC);
+}
+
+/* Completions */
+
+void pinion_init_completion(struct completion *done)
+{
+	init_completion(done);
+}
+
+void pinion_reinit_completion(struct completion *done)
+{
+	reinit_completion(done);
+}
+
+void pinion_sema_init(struct semaphore *sem, int count)
+{
+	sema_init(sem, count);
+}
+
+/* Work queues */
+
+struct workqueue_struct *pinion_alloc_workqueue(void)
+{
+	return alloc_workqueue("pinion", WQ_UNBOUND, 0);
+}
+
+/* MMU notifiers */
+
+void pinion_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq)
+{
+	mmu_interval_set_seq(notifier, seq);
+}
+
+bool pinion_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq)
+{
+	return mmu_interval_read_retry(notifier, seq);
+}
+
+/* Pages */
+
+struct page *pinion_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+unsigned long pinion_page_to_pfn(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+void pinion_get_page(struct page *page)
+{
+	get_page(page);
+}
+
+void pinion_put_page(struct page *page)
+{
+	put_page(page);
+}
+
+void pinion_lock_page(struct page *page)
+{
+	lock_page(page);
+}
+
+void pinion_unlock_page(struct page *page)
+{
+	unlock_page(page);
+}
+
+bool pinion_page_is_anon(struct page *page)
+{
+	return folio_test_anon(page_folio(page));
+}
+
+bool pinion_page_maybe_dma_pinned(struct page *page)
+{
+	return folio_maybe_dma_pinned(page_folio(page));
+}
+
+void pinion_page_clear_mapping(struct page *page)
+{
+	page_folio(page)->mapping = NULL;
+}
+
+struct dev_pagemap *pinion_device_private_pagemap(struct page *page)
+{
+	return is_device_private_page(page) ? page_pgmap(page) : NULL;
+}
+
+struct page *pinion_folio_page(struct folio *folio)
+{
+	return &folio->page;
+}
+
+/* Device-private memory */
+
+struct resource *pinion_request_free_mem_region(unsigned long size, const char *name)
+{
+	return request_free_mem_region(&iomem_resource, size, name);
+}
+
+void pinion_release_mem_region(unsigned long start, unsigned long size)
+{
+	release_mem_region(start, size);
+}
+
+void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap)
+{
+	zone_device_folio_init(page_folio(page), pgmap, 0);
+}
+
+int pinion_numa_node(void)
+{
+	return numa_node_id();
+}

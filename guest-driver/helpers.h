@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* See helpers.c. */
+#ifndef _PINION_HELPERS_H
+#define _PINION_HELPERS_H
+
+#include <linux/types.h>
+
+struct completion;
+struct dev_pagemap;
+struct device;
+struct folio;
+struct mmu_interval_notifier;
+struct page;
+struct resource;
+struct semaphore;
+struct virtio_device;
+struct virtqueue;
+struct workqueue_struct;
+
+/* Three queues and at most 16 rings: abi/src/wire.rs. */
+#define PINION_MAX_QUEUES	19
+
+int pinion_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue **vqs,
+			   void (*callback)(struct virtqueue *vq));
+void pinion_virtio_del_vqs(struct virtio_device *vdev);
+void pinion_virtio_device_ready(struct virtio_device *vdev);
+void pinion_virtio_read_config(struct virtio_device *vdev, void *buf, size_t len);
+void *pinion_virtio_get_private(struct virtio_device *vdev);
+void pinion_virtio_set_private(struct virtio_device *vdev, void *private);
+struct device *pinion_virtio_device(struct virtio_device *vdev);
+struct virtio_device *pinion_virtqueue_device(struct virtqueue *vq);
+unsigned int pinion_virtqueue_index(struct virtqueue *vq);
+int pinion_virtqueue_add(struct virtqueue *vq, void *out, size_t out_len, void *in, size_t in_len, void *token);
+
+void pinion_init_completion(struct completion *done);
+void pinion_reinit_completion(struct completion *done);
+
+void pinion_sema_init(struct semaphore *sem, int count);
+
+struct workqueue_struct *pinion_alloc_workqueue(void);
+
+void pinion_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
+bool pinion_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq);
+
+struct page *pinion_pfn_to_page(unsigned long pfn);
+unsigned long pinion_page_to_pfn(struct page *page);
+void pinion_get_page(struct page *page);
+void pinion_put_page(struct page *page);
+void pinion_lock_page(struct page *page);
+void pinion_unlock_page(struct page *page);
+bool pinion_page_is_anon(struct page *page);
+bool pinion_page_maybe_dma_pinned(struct page *page);
+void pinion_page_clear_mapping(struct page *page);
+struct dev_pagemap *pinion_device_private_pagemap(struct page *page);
+struct page *pinion_folio_page(struct folio *folio);
+
+struct resource *pinion_request_free_mem_region(unsigned long size, const char *name);
+void pinion_release_mem_region(unsigned long start, unsigned long size);
+void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap);
+int pinion_numa_node(void);
+
+#endif /* _PINION_HELPERS_H */

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Heterogeneous memory management: what a driver needs that lets a device share a process's memory.
+//!
+//! - [`notifier`]: hearing that a range of an address space changes, and the sequence protocol by which what
+//!   was read from the CPU's page table is known to be still true;
+//! - [`range`]: reading (and faulting in) a range of the CPU's page table;
+//! - [`migrate`]: moving or pinning pages;
+//! - [`memory`]: device-private memory, the struct pages that stand in for pages which the device has.
+//!
+//! Kernel documentation: `Documentation/mm/hmm.rst`.
+
+pub(crate) mod memory;
+pub(crate) mod migrate;
+pub(crate) mod notifier;
+pub(crate) mod page;
+pub(crate) mod range;

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! MMU interval notifiers.
+//!
+//! A driver that mirrors page table entries must not act on an entry that has changed since it was read. The
+//! kernel's protocol for this (`mmu_interval_read_begin()`, `mmu_interval_read_retry()`, a lock of the
+//! driver's) is easy to get wrong in C; here it is in the types. The mirror state belongs to the notifier,
+//! and there are two ways to it:
+//!
+//! ```text
+//!   begin() -> Sequence --(read the CPU's page table)--> commit(Sequence) -> guard, or Stale: start again
+//!   revoke() -> guard                                    (to take away, which needs no reading)
+//! ```
+//!
+//! The callback gets the state under the same lock. So an entry can be put into the mirror only by someone
+//! who began before reading it and in whose way nothing came.
+//!
+//! Locking: the state's mutex is taken under mmap_lock, folio locks and in reclaim. Under it nothing may be
+//! allocated that can enter reclaim.
+//!
+//! C header: `include/linux/mmu_notifier.h`.
+
+use crate::bindings as c;
+use core::{marker::PhantomData, ops::Range, ptr};
+use kernel::{
+    error::to_result,
+    mm::Mm,
+    new_mutex,
+    prelude::*,
+    sync::{lock::mutex::MutexGuard, Arc, Mutex},
+    types::Opaque,
+};
+
+/// Why a range is being invalidated.
+pub(crate) struct Event<'a>(&'a c::mmu_notifier_range);
+
+impl Event<'_> {
+    /// The part of the address space that changes.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.0.start..self.0.end
+    }
+
+    /// A migration that was started on behalf of `owner`: `pgmap_owner` of its `migrate_vma`.
+    pub(crate) fn is_migration_by(&self, owner: Owner) -> bool {
+        self.0.event == c::mmu_notifier_event_MMU_NOTIFY_MIGRATE && self.0.owner == owner.0
+    }
+}
+
+/// Identifies who started a migration, or whose device-private memory a page is. Only compared.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owner(pub(super) *mut c_void);
+
+// SAFETY: Never dereferenced.
+unsafe impl Send for Owner {}
+// SAFETY: As above.
+unsafe impl Sync for Owner {}
+
+impl Owner {
+    /// `value` as an owner; it must outlive the use of that identity.
+    pub(crate) fn of<T>(value: *const T) -> Self {
+        Self(value.cast_mut().cast())
+    }
+}
+
+/// A mirror of a part of an address space.
+pub(crate) trait Mirror: Send + Unpin + 'static {
+    /// Whether this event can be left out, because whoever caused it has seen to the mirror itself.
+    fn ignores(&self, event: &Event<'_>) -> bool;
+
+    /// Takes everything in `range` out of the mirror. When this returns true, the device uses none of it. It
+    /// may return false only if `may_wait` is false and it would have to wait.
+    ///
+    /// Runs under reclaim: allocates nothing and waits a bounded time.
+    fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool;
+}
+
+struct State<M> {
+    mirror: M,
+    /// Counts [`IntervalNotifier::revoke`]s: they invalidate what was read before, as the kernel's own
+    /// events do.
+    revocations: u64,
+}
+
+/// A registered `mmu_interval_notifier` over a mirror.
+///
+/// # Invariants
+///
+/// `inner` is registered from the end of `new` to `drop`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct IntervalNotifier<M: Mirror> {
+    #[pin]
+    state: Mutex<State<M>>,
+    #[pin]
+    inner: Opaque<c::mmu_interval_notifier>,
+}
+
+// SAFETY: The C structure has its own locking, and `M` is `Send` and behind a mutex.
+unsafe impl<M: Mirror> Send for IntervalNotifier<M> {}
+// SAFETY: As above.
+unsafe impl<M: Mirror> Sync for IntervalNotifier<M> {}
+
+/// What is read from the CPU's page table after this was taken can be committed with it, unless something
+/// has changed in between.
+#[must_use]
+pub(crate) struct Sequence<'a> {
+    kernel: usize,
+    revocations: u64,
+    _notifier: PhantomData<&'a ()>,
+}
+
+impl Sequence<'_> {
+    pub(super) fn kernel(&self) -> usize {
+        self.kernel
+    }
+}
+
+/// Something has changed since the sequence began.
+#[derive(Debug)]
+pub(crate) struct Stale;
+
+/// The mirror state, locked.
+pub(crate) struct Guard<'a, M: Mirror>(MutexGuard<'a, State<M>>);
+
+impl<M: Mirror> core::ops::Deref for Guard<'_, M> {
+    type Target = M;
+
+    fn deref(&self) -> &M {
+        &self.0.mirror
+    }
+}
+
+impl<M: Mirror> core::ops::DerefMut for Guard<'_, M> {
+    fn deref_mut(&mut self) -> &mut M {
+        &mut self.0.mirror
+    }
+}
+
+impl<M: Mirror> IntervalNotifier<M> {
+    const OPS: c::mmu_interval_notifier_ops = c::mmu_interval_notifier_ops {
+        invalidate: Some(Self::invalidate),
+        invalidate_start: None,
+        invalidate_finish: None,
+    };
+
+    /// Starts to listen for changes of `range` in `mm`, which the caller keeps from being torn down.
+    ///
+    /// mmap_lock must not be held: the first notifier of an mm takes it for writing.
+    pub(crate) fn new(mm: &Mm, range: Range<usize>, mirror: M) -> Result<Arc<Self>> {
+        let mm = mm.as_raw();
+        Arc::pin_init(
+            try_pin_init!(Self {
+                state <- new_mutex!(State { mirror, revocations: 0 }, "IntervalNotifier::state"),
+                // The callback can run as soon as this is registered, and the state it uses is in place.
+                inner <- Opaque::try_ffi_init(|slot: *mut c::mmu_interval_notifier| {
+                    // SAFETY: `slot` is valid for writes and stays in place until `drop` has removed it; all-zero
+                    // is what the kernel starts from. `mm` is valid.
+                    to_result(unsafe {
+                        ptr::write_bytes(slot, 0, 1);
+                        c::mmu_interval_notifier_insert(
+                            slot,
+                            mm,
+                            range.start,
+                            range.end - range.start,
+                            &Self::OPS,
+                        )
+                    })
+                }),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Begins to read. Waits until no invalidation of the range is under way.
+    ///
+    /// To be called without mmap_lock, which whoever invalidates may be holding.
+    pub(crate) fn begin(&self) -> Sequence<'_> {
+        let revocations = self.state.lock().revocations;
+        // SAFETY: Registered by the type invariant.
+        let kernel = unsafe { c::mmu_interval_read_begin(self.inner.get()) };
+        Sequence { kernel, revocations, _notifier: PhantomData }
+    }
+
+    /// Ends reading: if nothing has changed since `sequence` began, what was read may be put into the mirror
+    /// while the guard is held.
+    pub(crate) fn commit(&self, sequence: Sequence<'_>) -> Result<Guard<'_, M>, Stale> {
+        let guard = self.state.lock();
+        // SAFETY: Registered by the type invariant, and the lock is the one that `invalidate` sets the
+        // sequence under.
+        let stale = unsafe { c::pinion_interval_read_retry(self.inner.get(), sequence.kernel) };
+        if stale || guard.revocations != sequence.revocations {
+            return Err(Stale);
+        }
+        Ok(Guard(guard))
+    }
+
+    /// Locks the mirror in order to take something out of it. Whoever has begun to read and not committed
+    /// yet will find that stale.
+    pub(crate) fn revoke(&self) -> Guard<'_, M> {
+        let mut guard = self.state.lock();
+        guard.revocations += 1;
+        Guard(guard)
+    }
+
+    pub(super) fn as_raw(&self) -> *mut c::mmu_interval_notifier {
+        self.inner.get()
+    }
+
+    /// Whether `mm` is the address space that this listens to.
+    pub(super) fn is_for(&self, mm: &Mm) -> bool {
+        // SAFETY: `inner` is initialised; its mm does not change.
+        unsafe { (*self.inner.get()).mm == mm.as_raw() }
+    }
+
+    /// # Safety
+    ///
+    /// Called by the kernel with the `inner` of a notifier that is not being dropped.
+    unsafe extern "C" fn invalidate(
+        raw: *mut c::mmu_interval_notifier,
+        range: *const c::mmu_notifier_range,
+        sequence: usize,
+    ) -> bool {
+        // SAFETY: By the contract; `Opaque` is transparent.
+        let this = unsafe { &*kernel::container_of!(Opaque::cast_from(raw), Self, inner) };
+        // SAFETY: Valid during the call.
+        let event = Event(unsafe { &*range });
+        let blockable = event.0.flags & c::PINION_RANGE_BLOCKABLE != 0;
+        let mut guard = if blockable {
+            this.state.lock()
+        } else if let Some(guard) = this.state.try_lock() {
+            guard
+        } else {
+            return false;
+        };
+        if guard.mirror.ignores(&event) {
+            return true;
+        }
+        // SAFETY: Registered, and under the lock that `commit` compares it under.
+        unsafe { c::pinion_interval_set_seq(raw, sequence) };
+        guard.mirror.invalidate(event.range(), blockable)
+    }
+}
+
+#[pinned_drop]
+impl<M: Mirror> PinnedDrop for IntervalNotifier<M> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered by the type invariant. This waits for callbacks that are running.
+        unsafe { c::mmu_interval_notifier_remove(self.inner.get()) };
+    }
+}

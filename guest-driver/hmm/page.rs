@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Page frames, and system pages that the driver has pinned in place.
+
+use crate::bindings as c;
+use kernel::bindings;
+
+/// The number of a page frame for which there is a `struct page`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Pfn(usize);
+
+impl Pfn {
+    /// # Safety
+    ///
+    /// `page` must be a valid page.
+    pub(super) unsafe fn of(page: *mut bindings::page) -> Self {
+        // SAFETY: By the contract.
+        Self(unsafe { c::pinion_page_to_pfn(page) })
+    }
+
+    /// # Safety
+    ///
+    /// There must be a `struct page` for this number.
+    pub(super) unsafe fn new(number: usize) -> Self {
+        Self(number)
+    }
+
+    pub(super) fn page(self) -> *mut bindings::page {
+        // SAFETY: There is a page of this number, by construction.
+        unsafe { c::pinion_pfn_to_page(self.0) }
+    }
+
+    /// The number.
+    pub(crate) fn number(self) -> usize {
+        self.0
+    }
+
+    /// The physical address of its first byte.
+    pub(crate) fn address(self) -> u64 {
+        (self.0 as u64) << kernel::page::PAGE_SHIFT
+    }
+}
+
+/// A system page that has been unmapped everywhere and pinned where it is: whoever holds this has it to
+/// itself. Its metadata is with a device-private page meanwhile.
+///
+/// Dropping it frees the page, and with it the data; that is right once the device-private page that stands
+/// in for it is freed. To give the page back, see [`super::migrate::Destination::Unpin`].
+///
+/// # Invariants
+///
+/// The page is mapped nowhere and not on the LRU; this owns one reference to it.
+pub(crate) struct PinnedPage(Pfn);
+
+impl PinnedPage {
+    /// # Safety
+    ///
+    /// The caller hands over a reference to a page as the type invariant asks.
+    pub(super) unsafe fn from_raw(pfn: Pfn) -> Self {
+        // INVARIANT: By the contract.
+        Self(pfn)
+    }
+
+    /// Gives up ownership.
+    pub(super) fn into_raw(self) -> Pfn {
+        core::mem::ManuallyDrop::new(self).0
+    }
+
+    /// Where it is.
+    pub(crate) fn pfn(&self) -> Pfn {
+        self.0
+    }
+}
+
+impl Drop for PinnedPage {
+    fn drop(&mut self) {
+        // SAFETY: This owns a reference.
+        unsafe { c::pinion_put_page(self.0.page()) };
+    }
+}

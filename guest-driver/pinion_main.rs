@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Driver of Pinion, a virtual GPU that shares the memory of processes.
+//!
+//! From the bottom up:
+//!
+//! - abstractions over C interfaces, in which all `unsafe` lives: [`bindings`], [`sync`], [`virtio`],
+//!   [`chardev`], [`hmm`];
+//! - the driver: [`gpu`] (the device), [`fence`], [`address_space`] (what the GPU maps of a process),
+//!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`);
+//! - the two interfaces: [`abi`] (the device's, shared with its implementation) and [`uapi`].
+
+use kernel::prelude::*;
+
+mod address_space;
+mod bindings;
+mod chardev;
+mod fence;
+mod file;
+mod gpu;
+mod hmm;
+mod residency;
+mod sync;
+mod uapi;
+mod virtio;
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../abi/src/wire.rs"]
+mod abi;
+
+module! {
+    type: Pinion,
+    name: "pinion",
+    authors: ["Pinion developers"],
+    description: "Pinion virtual GPU",
+    license: "GPL",
+    params: {
+        timeout_ms: u32 {
+            default: 10000,
+            description: "Milliseconds after which a device that does not answer is lost",
+        },
+    },
+}
+
+#[pin_data]
+struct Pinion {
+    #[pin]
+    _driver: virtio::Registration<gpu::Gpu>,
+    /// Last: work runs until the driver is unregistered.
+    _queue: sync::ModuleQueue,
+}
+
+impl kernel::InPlaceModule for Pinion {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _queue: sync::ModuleQueue::new()?,
+            _driver <- virtio::Registration::new(module),
+        })
+    }
+}
