@@ -1,2 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
+
 //! Pinion, a virtual GPU: a vhost-user device.
+//!
+//! `main` turns the command line into a [`cli::Config`], [`daemon`] serves one frontend after the other
+//! with it, [`transport`] is the vhost-user side of a connection, and [`gpu`] the device itself.
+
+pub mod cli;
+pub mod daemon;
+pub mod gpu;
+mod relay;
+pub mod socket;
+pub mod transport;

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Device memory: a sealed, sparse memfd.
+
+use std::fs::File;
+
+use pinion_abi::PAGE_SIZE;
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+/// Smallest VRAM that can be asked for.
+pub const MIN_SIZE: u64 = 1 << 20;
+/// Largest VRAM that can be asked for.
+pub const MAX_SIZE: u64 = 1 << 40;
+
+/// Device memory.
+#[derive(Debug)]
+pub struct Vram {
+    file: File,
+    region: MmapRegion,
+    size: u64,
+}
+
+/// VRAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The size is out of bounds.
+    #[error("VRAM must be {MIN_SIZE} to {MAX_SIZE} bytes and a multiple of {PAGE_SIZE}, not {0}")]
+    Size(u64),
+    /// The file could not be made.
+    #[error("cannot make {size} bytes of VRAM")]
+    File {
+        /// How much was asked for.
+        size: u64,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file could not be mapped.
+    #[error("cannot map {size} bytes of VRAM")]
+    Map {
+        /// How much was asked for.
+        size: u64,
+        /// Why not.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+}
+
+/// Whether `size` is one that VRAM can have.
+pub const fn size_is_valid(size: u64) -> bool {
+    size >= MIN_SIZE && size <= MAX_SIZE && size & (PAGE_SIZE - 1) == 0
+}
+
+impl Vram {
+    /// Makes `size` bytes, all zero; none of them takes up memory until it is stored to.
+    pub fn new(size: u64) -> Result<Self, Error> {
+        let length = usize::try_from(size).map_err(|_| Error::Size(size))?;
+        if !size_is_valid(size) {
+            return Err(Error::Size(size));
+        }
+        let file = Self::file(size).map_err(|source| Error::File { size, source })?;
+        let backing = file.try_clone().map_err(|source| Error::File { size, source })?;
+        let region = MmapRegion::from_file(FileOffset::new(backing, 0), length)
+            .map_err(|source| Error::Map { size, source })?;
+        Ok(Self { file, region, size })
+    }
+
+    fn file(size: u64) -> std::io::Result<File> {
+        let fd = memfd_create("pinion-vram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&fd, size)?;
+        // Whoever gets the file later (an aperture maps it) cannot take memory away from under us.
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(File::from(fd))
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The `length` bytes at `offset`, if all of them exist.
+    pub fn slice(&self, offset: u64, length: usize) -> Option<VolatileSlice<'_>> {
+        self.region.get_slice(usize::try_from(offset).ok()?, length).ok()
+    }
+
+    /// Makes all of it zero and gives the memory behind it back.
+    pub fn clear(&self) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if let Err(error) = fallocate(&self.file, flags, 0, self.size) {
+            log::error!("cannot clear VRAM: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn sizes_out_of_bounds_are_refused() {
+        for size in [0, MIN_SIZE - 1, MIN_SIZE + 1, MAX_SIZE + PAGE_SIZE, u64::MAX] {
+            assert!(matches!(Vram::new(size), Err(Error::Size(_))), "{size}");
+        }
+    }
+
+    #[test]
+    fn reads_back_what_was_stored_and_clears() {
+        let vram = Vram::new(MIN_SIZE).unwrap();
+        let slice = vram.slice(MIN_SIZE - 8, 8).unwrap();
+        slice.write_obj(0x1122_3344_5566_7788_u64, 0).unwrap();
+        assert_eq!(slice.read_obj::<u64>(0).unwrap(), 0x1122_3344_5566_7788);
+        vram.clear();
+        assert_eq!(slice.read_obj::<u64>(0).unwrap(), 0);
+        assert!(vram.slice(MIN_SIZE - 7, 8).is_none());
+        assert!(vram.slice(u64::MAX, 8).is_none());
+    }
+
+    #[test]
+    fn a_terabyte_is_sparse() {
+        let vram = Vram::new(MAX_SIZE).unwrap();
+        vram.slice(MAX_SIZE - 8, 8).unwrap().write_obj(1_u64, 0).unwrap();
+        let blocks = rustix::fs::fstat(&vram.file).unwrap().st_blocks;
+        assert!(blocks <= 4096, "{blocks} blocks are in use");
+    }
+}
