@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash
+#
+# What goes into the guest: the module, the initramfs, the guest programs.
+
+# --- The module ----------------------------------------------------------------------------------------------------
+
+# ensure_module: builds guest-driver/ for KERNEL, sets MODULE to pinion.ko.
+ensure_module() {
+    local release
+    [[ -e $REPO/guest-driver/Kbuild ]] || die "there is no module to build: $REPO/guest-driver/Kbuild is missing (--no-driver runs a guest without it)"
+    release=$(<"$KERNEL/release")
+    namespace_flags
+    cache_entry module "$( (cd "$REPO" && module_sources | xargs -d '\n' sha256sum; kernel_identity; declare -f make_module module_make) | hash)" 100 \
+        "building pinion.ko for $release" make_module
+    MODULE=$ENTRY/pinion.ko
+}
+
+# kernel_identity: what tells this kernel from others. A tree of one's own is known by what came out of it.
+kernel_identity() {
+    echo "${KERNEL#"$CACHE"/}"
+    [[ $KERNEL != */kernel-own/* ]] || cat "$KERNEL/bzImage" "$KERNEL/build/Module.symvers" | sha256sum
+}
+
+module_sources() {
+    find guest-driver abi -path guest-driver/client -prune -o -path '*/target' -prune -o -type f ! -name '*.md' -print | LC_ALL=C sort
+}
+
+make_module() {
+    local new=$1
+    mkdir "$new/out"
+    module_make "$new/out" modules
+    cp "$new/out/pinion.ko" "$new/pinion.ko"
+    remove_tree "$new/out"
+}
+
+# module_make OUT ARG…: runs make for the module, its products in OUT.
+module_make() {
+    local out=$1 args=()
+    shift
+    # Debian's kernel remembers its compiler by this name.
+    if [[ $KERNEL_ORIGIN == debian ]]; then args=(CC=x86_64-linux-gnu-gcc-14); fi
+    in_toolchain -r "$KERNEL/linux:/pinion/linux" -r "$KERNEL/build:/pinion/build" -r "$REPO:/pinion/repo" -b "$out:/pinion/out" \
+        make -C /pinion/build M=/pinion/repo/guest-driver MO=/pinion/out "${args[@]}" -j"$(nproc)" "$@"
+}
+
+# --- The initramfs -------------------------------------------------------------------------------------------------
+# The guest unpacks several archives, one after the other: this one, which is the same for all runs, and one per run with the
+# module, the programs and the command.
+
+# ensure_initramfs: sets INITRAMFS to the archive, and BUSYBOX to a busybox that also runs on the host.
+ensure_initramfs() {
+    cache_entry initramfs "$( (basename "$TOOLCHAIN"; cat "$REPO/images/initramfs/init"; declare -f make_initramfs archive) | hash)" 20 \
+        "building the initramfs" make_initramfs
+    INITRAMFS=$ENTRY/base.cpio
+    BUSYBOX=$ENTRY/busybox
+}
+
+make_initramfs() {
+    local new=$1 applet
+    cp "$TOOLCHAIN/usr/bin/busybox" "$new/busybox"
+    BUSYBOX=$new/busybox
+    mkdir -p "$new"/root/{bin,dev,proc,sys,tmp,root,run,etc,mnt,pinion}
+    cp "$BUSYBOX" "$new/root/bin/busybox"
+    for applet in $("$BUSYBOX" --list); do
+        [[ $applet == busybox ]] || ln -s busybox "$new/root/bin/$applet"
+    done
+    ln -s bin "$new/root/sbin"
+    install -m 755 "$REPO/images/initramfs/init" "$new/root/init"
+    echo 'root:x:0:0:root:/root:/bin/sh' >"$new/root/etc/passwd"
+    echo 'nobody:x:65534:65534:nobody:/tmp:/bin/sh' >>"$new/root/etc/passwd"
+    printf 'root:x:0:\nnogroup:x:65534:\n' >"$new/root/etc/group"
+    archive "$new/root" "$new/base.cpio"
+    remove_tree "$new/root"
+}
+
+# archive DIR FILE: a cpio archive of everything below DIR, owned by root.
+archive() { (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | "$BUSYBOX" cpio -o -H newc -R 0:0 2>/dev/null) >"$2"; }
+
+# --- Programs of the workspace -------------------------------------------------------------------------------------
+
+# cargo_build TEXT ARG…: quiet when there is nothing to do; the compiler's own words when it fails.
+cargo_build() {
+    local text=$1
+    shift
+    need_tool cargo "cargo (or see rustup)"
+    (cd "$REPO" && cargo build --release --quiet "$@") || die "failed: $text (the compiler's messages are above)"
+}
+
+# ensure_device: builds the daemon, sets DEVICE to it.
+ensure_device() {
+    cargo_build "building pinion-device" -p pinion-device
+    DEVICE=$(target_dir)/release/pinion-device
+}
+
+target_dir() { echo "${CARGO_TARGET_DIR:-$REPO/target}"; }
+
+# ensure_programs: builds the guest programs, sets PROGRAMS to their paths. Static, as the guest has no libraries.
+ensure_programs() {
+    local target=x86_64-unknown-linux-gnu dir source name
+    dir=$(target_dir)/guest
+    PROGRAMS=()
+    for source in "$REPO"/tests/src/bin/*.rs "$REPO"/tests/src/bin/*/main.rs; do
+        [[ -e $source ]] || continue
+        name=${source%/main.rs}
+        name=$(basename "$name" .rs)
+        PROGRAMS+=("$dir/$target/release/$name")
+    done
+    ((${#PROGRAMS[@]})) || return 0
+    CARGO_TARGET_DIR=$dir RUSTFLAGS="-C target-feature=+crt-static -C strip=debuginfo" \
+        cargo_build "building the guest programs" -p pinion-tests --bins --target "$target"
+}

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash
+#
+# Kernels. Each is described by images/kernel/NAME.conf; this file only knows the two ways to get one: from source, with
+# patches and configuration fragments, or as Debian built it.
+#
+# An entry kernel-NAME/KEY holds: bzImage, config, release, linux/ (the source) and build/ (what modules are built against).
+
+readonly KERNEL_DIR=$REPO/images/kernel
+
+kernel_names() {
+    local conf
+    for conf in "$KERNEL_DIR"/*.conf; do
+        basename "$conf" .conf
+    done
+}
+
+# read_kernel NAME: sets KERNEL_DESCRIPTION, KERNEL_ORIGIN (source or debian), KERNEL_PATCHES (yes or no), KERNEL_FRAGMENTS.
+read_kernel() {
+    [[ -r $KERNEL_DIR/$1.conf ]] || die "there is no kernel '$1'; known: $(kernel_names | tr '\n' ' ')"
+    KERNEL_DESCRIPTION='' KERNEL_ORIGIN='' KERNEL_PATCHES=no KERNEL_FRAGMENTS=''
+    # shellcheck source=/dev/null
+    source "$KERNEL_DIR/$1.conf"
+}
+
+# ensure_kernel NAME: sets KERNEL to the entry.
+ensure_kernel() {
+    local name=$1
+    read_kernel "$name"
+    ensure_toolchain
+    if [[ -n ${KERNEL_SRC:-} && $KERNEL_ORIGIN == source ]]; then
+        ensure_own_kernel "$name"
+    elif [[ $KERNEL_ORIGIN == source ]]; then
+        ensure_source source
+        ensure_built_kernel "$name"
+    else
+        ensure_source debian-source
+        ensure_debian_kernel "$name"
+    fi
+    KERNEL=$ENTRY
+}
+
+# ensure_source SET: sets SOURCE to the unpacked kernel source.
+ensure_source() {
+    cache_entry source "$(package_key "$1")" 2600 "unpacking the kernel source" make_source "$RESOLVED/$1.uris"
+    SOURCE=$ENTRY
+}
+
+make_source() {
+    local uris=$1 new=$2
+    unpack_packages "$uris" "$new/package"
+    tar -C "$new" --strip-components=1 --no-same-owner -xf "$new"/package/usr/src/linux-source-*.tar.xz
+    remove_tree "$new/package"
+    test -e "$new/mm/migrate_device.c"
+}
+
+# ensure_previous_source: sets PREVIOUS to the files of the kernel before the newest that our patches touch.
+ensure_previous_source() {
+    cache_entry previous "$( (package_key previous; patched_files) | hash)" 600 "unpacking parts of the kernel source before the newest" \
+        make_previous_source "$RESOLVED/previous.uris"
+    PREVIOUS=$ENTRY
+}
+
+make_previous_source() {
+    local uris=$1 new=$2 files
+    unpack_packages "$uris" "$new/package"
+    mapfile -t files < <(patched_files | sed 's#^#*/#')
+    tar -C "$new" --strip-components=1 --no-same-owner --wildcards -xf "$new"/package/usr/src/linux-source-*.tar.xz "${files[@]}"
+    remove_tree "$new/package"
+}
+
+patched_files() { patches | xargs -d '\n' sed -n 's#^--- a/##p' | LC_ALL=C sort -u; }
+
+# --- From source ---------------------------------------------------------------------------------------------------
+
+kernel_inputs() {
+    local fragment
+    for fragment in $KERNEL_FRAGMENTS; do
+        cat "$KERNEL_DIR/config/$fragment.config"
+    done
+    [[ $KERNEL_PATCHES == no ]] || patches | xargs --no-run-if-empty -d '\n' cat
+    declare -f make_kernel configure_kernel
+}
+
+patches() { find "$KERNEL_DIR/patches" -name '*.patch' 2>/dev/null | LC_ALL=C sort; }
+
+ensure_built_kernel() {
+    local name=$1
+    namespace_flags
+    cache_entry "kernel-$name" "$( (basename "$SOURCE" "$TOOLCHAIN"; basename "$TOOLCHAIN"; kernel_inputs) | hash)" 1800 \
+        "building kernel '$name' (the longest step: 5 to 10 minutes on two cores)" make_kernel "$SOURCE"
+}
+
+make_kernel() {
+    local source=$1 new=$2 patch
+    # Hard links: patch(1) writes a new file and renames it, so the files that it changes are not shared any more.
+    cp -al "$source" "$new/linux"
+    mkdir "$new/build"
+    if [[ $KERNEL_PATCHES == yes ]]; then
+        for patch in $(patches); do
+            echo "== $patch"
+            in_toolchain -b "$new/linux:/pinion/linux" -r "$KERNEL_DIR:/pinion/repo" \
+                patch -d /pinion/linux -p1 --no-backup-if-mismatch -i "/pinion/repo/patches/${patch##*/}"
+        done
+    fi
+    build_kernel_in "$new/linux" "$new/build" tinyconfig
+    collect_kernel "$new"
+}
+
+# build_kernel_in SOURCE BUILD BASE: configures and builds.
+build_kernel_in() {
+    local source=$1 build=$2 base=$3
+    configure_kernel "$source" "$build" "$base"
+    kernel_make "$source" "$build" -j"$(nproc)" bzImage modules
+}
+
+kernel_make() {
+    local source=$1 build=$2
+    shift 2
+    in_toolchain -r "$source:/pinion/linux" -b "$build:/pinion/build" make -C /pinion/linux O=/pinion/build "$@"
+}
+
+# configure_kernel SOURCE BUILD BASE: the base configuration plus the fragments; fails when an option came out differently.
+configure_kernel() {
+    local source=$1 build=$2 base=$3 fragment line option wrong=''
+    kernel_make "$source" "$build" "$base"
+    for fragment in $KERNEL_FRAGMENTS; do
+        cat "$KERNEL_DIR/config/$fragment.config"
+    done >"$build/fragment"
+    cat "$build/fragment" >>"$build/.config"
+    kernel_make "$source" "$build" olddefconfig
+    while read -r line; do
+        case $line in
+        CONFIG_*=n) option=${line%=n} ;;
+        CONFIG_*=*) option='' ;;
+        '# CONFIG_'*' is not set') option=${line#\# } option=${option% is not set} ;;
+        *) continue ;;
+        esac
+        if [[ -n $option ]]; then
+            ! grep -q "^$option=" "$build/.config" || wrong+=" $option (asked for: not set)"
+        else
+            grep -q -x -F "$line" "$build/.config" || wrong+=" $line"
+        fi
+        # A later fragment may overrule an earlier one.
+    done < <(awk -F'[= ]' '/^CONFIG_/ { last[$1] = $0 } /^# CONFIG_.* is not set/ { last[$2] = $0 } END { for (o in last) print last[o] }' "$build/fragment")
+    if [[ -n $wrong ]]; then
+        echo "error: the kernel configuration did not come out as asked for:$wrong"
+        return 1
+    fi
+}
+
+collect_kernel() {
+    local dir=$1
+    cp "$dir/build/arch/x86/boot/bzImage" "$dir/bzImage"
+    cp "$dir/build/.config" "$dir/config"
+    cp "$dir/build/include/config/kernel.release" "$dir/release"
+    # Modules are not built from the kernel's objects; without them the entry is half as large.
+    find "$dir/build" \( -path "$dir/build/scripts" -o -path "$dir/build/tools" \) -prune -o \
+        \( -name '*.o' -o -name '*.a' -o -name 'vmlinux*' -o -name '.*.cmd' \) -type f ! -name vmlinux.symvers -exec rm -f {} +
+}
+
+# --- A tree of one's own -------------------------------------------------------------------------------------------
+# KERNEL_SRC=DIR: built out of tree, the tree is not touched and not patched. It may change under us, so make decides each
+# time what there is to do, and the entry is not addressed by content.
+
+ensure_own_kernel() {
+    local name=$1 key
+    [[ -f $KERNEL_SRC/Kbuild && -d $KERNEL_SRC/rust ]] || die "KERNEL_SRC=$KERNEL_SRC is not a Linux source tree with Rust support"
+    KERNEL_SRC=$(readlink -f "$KERNEL_SRC")
+    namespace_flags
+    init_cache
+    key=$( (echo "$name $KERNEL_SRC"; basename "$TOOLCHAIN"; KERNEL_PATCHES=no kernel_inputs) | hash)
+    ENTRY=$CACHE/kernel-own/$key
+    with_lock "kernel-own-$key" build_own_kernel "$key"
+}
+
+build_own_kernel() {
+    local key=$1 log=$CACHE/logs/kernel-own-$1.log status=0 pid
+    need_space 1800
+    mkdir -p "$ENTRY/build"
+    rm -f "$ENTRY/bzImage" # not to be trusted until this build is complete
+    [[ -e $ENTRY/linux ]] || ln -s "$KERNEL_SRC" "$ENTRY/linux"
+    stage "building the kernel of $KERNEL_SRC"
+    set -m
+    (
+        set +m -e
+        trap - EXIT INT TERM HUP
+        if [[ -e $ENTRY/configured ]]; then
+            kernel_make "$KERNEL_SRC" "$ENTRY/build" -j"$(nproc)" bzImage modules
+        else
+            build_kernel_in "$KERNEL_SRC" "$ENTRY/build" tinyconfig
+            touch "$ENTRY/configured"
+        fi
+        cp "$ENTRY/build/.config" "$ENTRY/config"
+        cp "$ENTRY/build/include/config/kernel.release" "$ENTRY/release"
+        cp "$ENTRY/build/arch/x86/boot/bzImage" "$ENTRY/bzImage"
+    ) >"$log" 2>&1 </dev/null &
+    pid=$!
+    set +m
+    on_exit "kill -KILL -- -$pid 2>/dev/null"
+    wait "$pid" || status=$?
+    unset 'CLEANUP[-1]'
+    ((status == 0)) || explain_failure "building the kernel of $KERNEL_SRC" "$log" "$status"
+}
+
+# --- As Debian built it --------------------------------------------------------------------------------------------
+
+ensure_debian_kernel() {
+    local name=$1
+    namespace_flags
+    cache_entry "kernel-$name" "$( (package_key debian; basename "$SOURCE"; basename "$TOOLCHAIN"; declare -f make_debian_kernel) | hash)" 1800 \
+        "preparing Debian's kernel $(<"$RESOLVED/debian.release")" make_debian_kernel "$SOURCE" "$RESOLVED/debian.uris" "$(<"$RESOLVED/debian.release")"
+}
+
+# The kernel itself is Debian's. Its header packages lack the metadata of the kernel crate, which a module in Rust needs, so
+# that is made again: the same source, the same configuration to the letter, the same compilers give the same symbol hashes.
+make_debian_kernel() {
+    local source=$1 uris=$2 release=$3 new=$4 headers=usr/src/linux-headers-$3
+    unpack_packages "$uris" "$new/package"
+    cp -al "$source" "$new/linux"
+    mkdir "$new/build"
+    cp "$new/package/$headers/.config" "$new/build/.config"
+    in_toolchain -r "$new/linux:/pinion/linux" -b "$new/build:/pinion/build" \
+        make -C /pinion/linux O=/pinion/build CC=x86_64-linux-gnu-gcc-14 KERNELRELEASE="$release" -j"$(nproc)" olddefconfig modules_prepare
+    # olddefconfig may only have dropped or added comments: one option off, and struct module has another size.
+    if ! diff <(grep '^CONFIG' "$new/package/$headers/.config") <(grep '^CONFIG' "$new/build/.config"); then
+        echo "error: the toolchain changes Debian's configuration (see above), a module would not load"
+        return 1
+    fi
+    cp "$new/package/$headers/Module.symvers" "$new/build/Module.symvers"
+    cp "$new/package/boot/vmlinuz-$release" "$new/bzImage"
+    cp "$new/build/.config" "$new/config"
+    echo "$release" >"$new/release"
+    remove_tree "$new/package"
+}

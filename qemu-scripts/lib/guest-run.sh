@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash disable=SC2153 # the options are set by the script that includes this
+#
+# One run of a guest, from the devices' start to the verdict. Used by qemu-scripts/run only.
+
+# --- The second archive: what is particular to this run ------------------------------------------------------------
+
+pack_job() {
+    local root=$RUN_DIR/root program
+    mkdir -p "$root/pinion" "$root/bin" "$root/root"
+    [[ $DRIVER == no ]] || cp "$MODULE" "$root/pinion/pinion.ko"
+    for program in "${PROGRAMS[@]}"; do
+        cp "$program" "$root/bin/"
+    done
+    add_files "$root"
+    write_settings >"$root/pinion/settings"
+    write_command >"$root/pinion/command"
+    chmod 755 "$root/pinion/command"
+    archive "$root" "$RUN_DIR/job.cpio"
+    cat "$INITRAMFS" "$RUN_DIR/job.cpio" >"$RUN_DIR/initrd"
+    remove_tree "$root" "$RUN_DIR/job.cpio"
+}
+
+add_files() {
+    local root=$1 item host guest
+    for item in "${ADD[@]}"; do
+        host=$item guest=/root/
+        if [[ ! -e $item && $item == *:* ]]; then
+            host=${item%:*} guest=${item##*:}
+        fi
+        [[ -e $host ]] || usage_error "--add $item: there is no file $host"
+        [[ $guest == /* ]] || usage_error "--add $item: the path in the guest must be absolute"
+        [[ $guest != */ ]] || guest+=$(basename "$(readlink -f "$host")")
+        mkdir -p "$(dirname "$root$guest")"
+        cp -aL "$host" "$root$guest"
+    done
+}
+
+quote() {
+    local word
+    for word in "$@"; do
+        printf " '%s'" "${word//\'/\'\\\'\'}"
+    done
+}
+
+write_settings() {
+    local size=''
+    [[ $SHELL_WANTED == no ]] || size=$(stty size 2>/dev/null || true)
+    echo "driver=$DRIVER devices=$DEVICES shell=$SHELL_WANTED driver_options=$(quote "${DRIVER_OPTIONS[*]}")" | sed "s/= '/='/"
+    if [[ $size == *\ * ]]; then echo "rows=${size% *} columns=${size#* }"; fi
+}
+
+# The command as a script, every word quoted: what the guest runs is what was given here, to the letter.
+write_command() {
+    echo '#!/bin/sh'
+    if [[ $SHELL_WANTED == no ]]; then
+        echo "exec$(quote "${COMMAND[@]}")"
+    else
+        ((${#COMMAND[@]} == 0)) || quote "${COMMAND[@]}"
+        printf '\nexec /bin/sh -i\n'
+    fi
+}
+
+# --- Devices -------------------------------------------------------------------------------------------------------
+
+DEVICE_PIDS=()
+
+device_command() { # SOCKET
+    local command=("$DEVICE" --socket-path "$1")
+    ((RINGS == 1)) || command+=(--rings "$RINGS")
+    command+=("${DEVICE_OPTIONS[@]}")
+    printf '%s\0' "${command[@]}"
+}
+
+start_devices() {
+    local i command
+    DIE_STATUS=$STATUS_DEVICE
+    for ((i = 0; i < DEVICES; i++)); do
+        mapfile -d '' -t command < <(device_command "$RUN_DIR/gpu$i")
+        start "${command[@]}" >"$RUN_DIR/device$i.log" 2>&1
+        DEVICE_PIDS+=("$STARTED")
+    done
+    for ((i = 0; i < DEVICES; i++)); do
+        wait_for_socket "$RUN_DIR/gpu$i" "${DEVICE_PIDS[i]}" "$RUN_DIR/device$i.log"
+    done
+}
+
+# start CMD…: in the background, with its pid in STARTED; it does not outlive us, however we end.
+start() {
+    setpriv --pdeathsig KILL -- "$@" </dev/null &
+    STARTED=$!
+    on_exit "stop $STARTED"
+}
+
+stop() {
+    kill -TERM "$1" 2>/dev/null || return 0
+    local i
+    for ((i = 0; i < 250; i++)); do
+        kill -0 "$1" 2>/dev/null || break
+        sleep 0.02
+    done
+    kill -KILL "$1" 2>/dev/null || true
+    wait "$1" 2>/dev/null || true
+}
+
+# wait_for_socket PATH PID LOG: until PID listens on PATH (and not only until the file is there), for at most 10 s.
+wait_for_socket() {
+    local path=$1 pid=$2 log=$3 i
+    for ((i = 0; i < 500; i++)); do
+        grep -q "^[0-9a-f]*: [0-9A-F]* [0-9A-F]* 00010000 .* $path\$" /proc/net/unix && return 0
+        if ! kill -0 "$pid" 2>/dev/null; then
+            sed 's/^/  pinion-device: /' "$log" >&2
+            die "pinion-device ended before it listened on its socket $path"
+        fi
+        sleep 0.02
+    done
+    sed 's/^/  pinion-device: /' "$log" >&2
+    die "waited 10 s in vain for pinion-device to listen on $path"
+}
+
+# --- QEMU ----------------------------------------------------------------------------------------------------------
+
+# machine_args SOCKET_PREFIX: sets MACHINE_ARGS, what a QEMU needs for our GPU and nothing else.
+machine_args() {
+    local i accel
+    accel=$(accelerator)
+    MACHINE_ARGS=(-M q35 -accel "$accel" -cpu max -smp "$CPUS" -m "$MEMORY"
+        # The device works in the guest's memory, so that must be memory which can be shared.
+        -object "memory-backend-memfd,id=mem,size=$MEMORY,share=on" -numa node,memdev=mem)
+    for ((i = 0; i < DEVICES; i++)); do
+        MACHINE_ARGS+=(-chardev "socket,id=gpu$i,path=$1$i"
+            -device "$DEVICE_MODEL,chardev=gpu$i,virtio-id=37,num_vqs=$((3 + RINGS)),vq_size=128,config_size=64")
+    done
+}
+
+print_command() {
+    local i command prefix=/tmp/pinion-gpu
+    DEVICE=$(target_dir)/release/pinion-device
+    machine_args "$prefix"
+    for ((i = 0; i < DEVICES; i++)); do
+        mapfile -d '' -t command < <(device_command "$prefix$i")
+        echo "$(plain "${command[@]}") &"
+    done
+    plain "${QEMU[@]}" "${MACHINE_ARGS[@]}" -kernel "$KERNEL/bzImage" -append "console=ttyS0" -nographic | sed 's/ -\(object\|chardev\|device\|kernel\)/ \\\n    -\1/g'
+    echo
+}
+
+# plain WORD…: quoted for a shell, but only where that is needed.
+plain() {
+    local word line=''
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./,=:+@%-]+$ ]] || word=$(quote "$word") word=${word# }
+        line+=" $word"
+    done
+    printf '%s' "${line# }"
+}
+
+start_qemu() {
+    local args=() name
+    DIE_STATUS=$STATUS_QEMU
+    machine_args "$RUN_DIR/gpu"
+    args=("${MACHINE_ARGS[@]}" -nodefaults -no-user-config -display none -no-reboot
+        -kernel "$KERNEL/bzImage" -initrd "$RUN_DIR/initrd"
+        # panic=-1 with -no-reboot: a panic ends QEMU at once.
+        -append "console=ttyS0 loglevel=5 panic=-1 oops=panic log_buf_len=4M no_timer_check $APPEND"
+        -chardev "file,id=console,path=$RUN_DIR/console" -serial chardev:console)
+    if [[ $SHELL_WANTED == yes ]]; then
+        args+=(-chardev stdio,id=shell,mux=on,signal=off -serial chardev:shell -mon chardev=shell)
+    fi
+    args+=(-device virtio-serial-pci,max_ports=6)
+    for name in stdout stderr; do
+        mkfifo "$RUN_DIR/$name"
+    done
+    for name in stdout stderr status log; do
+        args+=(-chardev "file,id=$name,path=$RUN_DIR/$name" -device "virtserialport,chardev=$name,name=$name")
+    done
+    # QEMU writes into pipes, as it would truncate a file and make a terminal non-blocking.
+    cat "$RUN_DIR/stdout" &
+    OUTPUT_PIDS=($!)
+    cat "$RUN_DIR/stderr" >&2 &
+    OUTPUT_PIDS+=($!)
+    if [[ $SHELL_WANTED == yes ]]; then
+        # In the foreground, where it may read the terminal.
+        setpriv --pdeathsig KILL -- "${QEMU[@]}" "${args[@]}" <&0 2>"$RUN_DIR/qemu.log" &
+        QEMU_PID=$!
+        on_exit "stop $QEMU_PID; stty sane 2>/dev/null"
+    else
+        start "${QEMU[@]}" "${args[@]}" >"$RUN_DIR/qemu.log" 2>&1
+        QEMU_PID=$STARTED
+    fi
+}
+
+# wait_for_end: until QEMU is gone, which it is when the guest ends, when the time is up, or when a device fails.
+wait_for_end() {
+    local timer pid status index
+    QEMU_STATUS='' TIMED_OUT='' FAILED_DEVICE=''
+    start sleep "$TIMEOUT"
+    timer=$STARTED
+    local waiting=("$QEMU_PID" "$timer" "${DEVICE_PIDS[@]}")
+    while [[ -z $QEMU_STATUS ]]; do
+        status=0
+        wait -n -p pid "${waiting[@]}" || status=$?
+        case $pid in
+        "$QEMU_PID") QEMU_STATUS=$status ;;
+        "$timer")
+            TIMED_OUT=yes
+            stop "$QEMU_PID"
+            QEMU_STATUS=0
+            ;;
+        *)
+            # A device ends by itself when QEMU hangs up, which we may see before we see QEMU's own end.
+            for index in "${!DEVICE_PIDS[@]}"; do
+                [[ ${DEVICE_PIDS[index]} != "$pid" ]] || break
+            done
+            if ((status != 0)); then
+                FAILED_DEVICE=$index FAILED_STATUS=$status
+                stop "$QEMU_PID"
+                QEMU_STATUS=0
+            fi
+            mapfile -t waiting < <(printf '%s\n' "${waiting[@]}" | grep -v -x "$pid")
+            ;;
+        esac
+    done
+    stop "$timer"
+    for pid in "${DEVICE_PIDS[@]}"; do
+        stop "$pid"
+    done
+    # Had QEMU not opened the pipes, their readers would wait for ever: this opens and closes them.
+    : 1<>"$RUN_DIR/stdout" 2<>"$RUN_DIR/stderr"
+    wait "${OUTPUT_PIDS[@]}" 2>/dev/null || true
+}
+
+# --- The verdict ---------------------------------------------------------------------------------------------------
+
+# What the kernel says only when something is wrong.
+readonly SPLAT='WARNING: |BUG: |\bOops|Kernel panic|Call Trace:|KASAN|KCSAN|UBSAN|INFO: (task|possible|inconsistent|suspicious|trying|rcu)|rcu: INFO|possible (circular|recursive|irq)|kmemleak: [0-9]+ new|general protection fault|soft lockup|hard LOCKUP|refcount_t: |list_(add|del) corruption|Bad page (state|map)|page_table_check|nobody cared|Unable to handle|Invalid relocation'
+
+# judge: says what went wrong, and exits with the status that --help promises.
+judge() {
+    local status=0 outcome='' line log=$RUN_DIR/log driver='' ended=''
+    [[ -s $log ]] || log=$RUN_DIR/console
+    while read -r line; do
+        case $line in
+        'exit '*) outcome=${line#exit } ;;
+        'driver loaded' | 'driver unloaded') ;;
+        'driver '*) driver=${line#driver } ;;
+        end) ended=yes ;;
+        esac
+    done < <(cat "$RUN_DIR/status" 2>/dev/null)
+    [[ -z $LOG_FILE ]] || cat "$log" >"$LOG_FILE"
+
+    if [[ -n $TIMED_OUT ]]; then
+        status=$STATUS_TIMEOUT
+        say "time-out: the guest was not done after $TIMEOUT s"
+    elif grep -q 'Kernel panic' "$RUN_DIR/console" 2>/dev/null; then
+        status=$STATUS_PANIC
+        say "the guest's kernel panicked: $(grep -m 1 -o 'Kernel panic.*' "$RUN_DIR/console")"
+    elif [[ -n $FAILED_DEVICE ]]; then
+        status=$STATUS_DEVICE
+        say "pinion-device (GPU $FAILED_DEVICE) failed with status $FAILED_STATUS while the guest was running"
+    elif ((QEMU_STATUS != 0)); then
+        status=$STATUS_QEMU
+        say "QEMU failed with status $QEMU_STATUS"
+    elif [[ -z $ended ]]; then
+        status=$STATUS_PANIC
+        say "the guest went off before the command had ended"
+    elif grep -q -E "$SPLAT" "$log"; then
+        status=$STATUS_WARNING
+        say "the guest's log holds a warning (the command's status was ${outcome:-none})"
+    elif [[ -n $driver ]]; then
+        status=$STATUS_DRIVER
+        say "the driver pinion.ko was $driver"
+    fi
+    if ((status == 0)); then
+        show_log "pinion-device" "$RUN_DIR"/device*.log
+        exit "${outcome:-$STATUS_PANIC}"
+    fi
+    [[ -z $driver || $status == "$STATUS_DRIVER" ]] || say "the driver pinion.ko was $driver"
+    show_log QEMU "$RUN_DIR/qemu.log"
+    show_log pinion-device "$RUN_DIR"/device*.log
+    show_guest_log "$log"
+    exit "$status"
+}
+
+# show_log NAME FILE…: whatever these said, which is nothing when all is well.
+show_log() {
+    local name=$1 file
+    shift
+    for file in "$@"; do
+        [[ ! -s $file ]] || tail -n 20 "$file" | sed "s/^/  $name: /" >&2
+    done
+}
+
+show_guest_log() {
+    local first
+    if [[ ! -s $1 ]]; then
+        say "the guest's log is empty"
+    elif first=$(grep -n -m 1 -E "$SPLAT" "$1" 2>/dev/null); then
+        first=${first%%:*}
+        say "the guest's log from the first warning on:"
+        tail -n "+$((first > 3 ? first - 3 : 1))" "$1" | head -n 60 | tr -d '\r' | sed 's/^/  guest: /' >&2
+    else
+        say "the end of the guest's log:"
+        tail -n 25 "$1" | tr -d '\r' | sed 's/^/  guest: /' >&2
+    fi
+}
