@@ -122,7 +122,7 @@ void pinion_sema_init(struct semaphore *sem, int count)
 
 struct workqueue_struct *pinion_alloc_workqueue(void)
 {
-	return alloc_workqueue("pinion", WQ_UNBOUND, 0);
+	return alloc_workqueue("pinion", WQ_UNBOUND | WQ_HIGHPRI, 0);
 }
 
 /* MMU notifiers */
