@@ -21,7 +21,7 @@ struct Entry {
 #[derive(Clone, Copy, Debug, Default)]
 struct Set {
     ways: [Entry; WAYS],
-    /// The way that is replaced next.
+    /// The way that is replaced next, modulo their number.
     next: u8,
 }
 
@@ -71,8 +71,8 @@ impl Tlb {
             return;
         }
         let way = usize::from(set.next);
-        set.next = set.next.wrapping_add(1) & (WAYS as u8 - 1);
-        if let Some(entry) = set.ways.get_mut(way) {
+        set.next = set.next.wrapping_add(1);
+        if let Some(entry) = set.ways.get_mut(way & (WAYS - 1)) {
             *entry = new;
         }
     }
