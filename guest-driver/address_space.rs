@@ -113,7 +113,9 @@ impl Mirror for Window {
     }
 
     fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool {
-        let Some(pages) = self.mapped_in(range) else { return true };
+        let Some(pages) = self.mapped_in(range) else {
+            return true;
+        };
         if !may_wait {
             return false;
         }
@@ -224,8 +226,10 @@ impl WorkItem for AddressSpace {
 
     fn run(this: Arc<Self>) {
         let closed = this.handling.lock();
-        while !*closed {
-            let Some(fault) = this.faults.lock().pop() else { break };
+        if *closed {
+            return;
+        }
+        while let Some(fault) = this.next_fault() {
             this.handle(&fault);
         }
     }
@@ -304,11 +308,20 @@ impl AddressSpace {
     pub(crate) fn fault(self: Arc<Self>, event: &abi::EventRecord) {
         if self.faults.lock().push_within_capacity(*event).is_err() {
             // The device has more faults outstanding than it has rings.
-            dev_err!(self.gpu.device(), "context {}: too many faults outstanding\n", self.context);
+            dev_err!(
+                self.gpu.device(),
+                "context {}: too many faults outstanding\n",
+                self.context
+            );
             return;
         }
         // Fails if it is queued already, which is as good.
         let _ = ModuleQueue::get().map(|queue| queue.enqueue(self));
+    }
+
+    /// The fault to be handled next. (Not written in place: the lock must not be held while it is handled.)
+    fn next_fault(&self) -> Option<abi::EventRecord> {
+        self.faults.lock().pop()
     }
 
     /// The window over `va`, made if need be. The process must have mapped something there.
@@ -317,7 +330,10 @@ impl AddressSpace {
         if let Some(window) = self.find(base) {
             return Ok(window);
         }
-        mm.mmap_read_lock().vma_lookup(va).filter(|vma| vma.start() <= va).ok_or(EFAULT)?;
+        mm.mmap_read_lock()
+            .vma_lookup(va)
+            .filter(|vma| vma.start() <= va)
+            .ok_or(EFAULT)?;
         let window = Window {
             gpu: self.gpu.clone(),
             context: self.context,
@@ -441,7 +457,13 @@ impl AddressSpace {
                     rights |= abi::PTE_WRITE | abi::PTE_ATOMIC;
                 }
                 let mut guard = window.commit(sequence).map_err(|_| EAGAIN)?;
-                memory.set_data(page, Mapped { context: self.context, va });
+                memory.set_data(
+                    page,
+                    Mapped {
+                        context: self.context,
+                        va,
+                    },
+                );
                 guard.map(va, pfn, rights, fault.fault)
             }
         }
@@ -472,8 +494,17 @@ impl AddressSpace {
             return Err(EAGAIN);
         }
         let mut moved = unmapped.migrate(Destination::Device(stand_in));
-        let Some(pinned) = moved.take_pinned() else { return Err(EBUSY) };
-        memory.set(name, pinned, Mapped { context: self.context, va });
+        let Some(pinned) = moved.take_pinned() else {
+            return Err(EBUSY);
+        };
+        memory.set(
+            name,
+            pinned,
+            Mapped {
+                context: self.context,
+                va,
+            },
+        );
         self.statistics.pins.add(1, Relaxed);
         let result = match window.commit(sequence) {
             Ok(mut guard) => {
@@ -508,7 +539,8 @@ impl AddressSpace {
                 // The default.
                 Ok(())
             } else {
-                new.push_within_capacity(Advice { range, atomics }).map_err(|_| ENOMEM)
+                new.push_within_capacity(Advice { range, atomics })
+                    .map_err(|_| ENOMEM)
             }
         };
         for old in list.iter() {
@@ -557,7 +589,9 @@ impl AddressSpace {
                 Err(error) if error == EAGAIN => continue,
                 other => other?,
             };
-            let Ok(guard) = window.commit(sequence) else { continue };
+            let Ok(guard) = window.commit(sequence) else {
+                continue;
+            };
             let rights = guard.rights(va);
             return Ok(match found {
                 Found::Device { page, .. } => match memory.get(page) {

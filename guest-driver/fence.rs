@@ -27,7 +27,12 @@ pub(crate) struct End {
 
 impl End {
     const fn new(status: u32) -> Self {
-        Self { status, executed: 0, fault_va: 0, repeats: 0 }
+        Self {
+            status,
+            executed: 0,
+            fault_va: 0,
+            repeats: 0,
+        }
     }
 }
 

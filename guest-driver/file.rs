@@ -70,8 +70,16 @@ impl MiscDevice for FileHandle {
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
         seq_print!(m, "pinion-mirrors:\t{}\n", statistics.mirrors.load(Relaxed));
-        seq_print!(m, "pinion-invalidations:\t{}\n", statistics.invalidations.load(Relaxed));
-        seq_print!(m, "pinion-submissions:\t{}\n", statistics.submissions.load(Relaxed));
+        seq_print!(
+            m,
+            "pinion-invalidations:\t{}\n",
+            statistics.invalidations.load(Relaxed)
+        );
+        seq_print!(
+            m,
+            "pinion-submissions:\t{}\n",
+            statistics.submissions.load(Relaxed)
+        );
     }
 }
 
@@ -116,7 +124,7 @@ impl FileHandle {
     fn submit(&self, arg: usize) -> Result {
         let space = self.owned()?;
         let mut request: uapi::Submit = uapi::read(arg)?;
-        if request.sequence != 0 || !(1..=space.gpu().limits().max_batch).contains(&request.count) {
+        if !(1..=space.gpu().limits().max_batch).contains(&request.count) {
             return Err(EINVAL);
         }
         let mut commands = KVec::with_capacity(request.count as usize, GFP_KERNEL)?;
@@ -135,12 +143,7 @@ impl FileHandle {
     fn wait(&self, arg: usize) -> Result {
         let space = self.owned()?;
         let mut request: uapi::Wait = uapi::read(arg)?;
-        if request.status != 0
-            || request.fault_address != 0
-            || request.executed != 0
-            || request.reserved != 0
-            || request.repeats != 0
-        {
+        if request.reserved != 0 {
             return Err(EINVAL);
         }
         let milliseconds = request.timeout_ns.div_ceil(1_000_000);

@@ -50,6 +50,9 @@ const MAX_BATCH: u32 = 64;
 /// Pages that can be pinned at a time.
 const PIN_PAGES: usize = 32768;
 
+/// `/dev/pinionN`.
+type Node = CharDevice<FileHandle, Arc<Gpu>>;
+
 /// What the device offers.
 pub(crate) struct Limits {
     /// Number of rings.
@@ -95,7 +98,9 @@ impl Contexts {
     fn set(&self, context: u32, space: Option<Arc<AddressSpace>>) {
         let old = {
             let mut table = self.table.lock();
-            table.get_mut(context as usize).and_then(|entry| core::mem::replace(entry, space))
+            table
+                .get_mut(context as usize)
+                .and_then(|entry| core::mem::replace(entry, space))
         };
         // Not under the lock: it can be the last.
         drop(old);
@@ -132,7 +137,7 @@ pub(crate) struct Gpu {
     #[pin]
     transport: Mutex<Option<Transport>>,
     #[pin]
-    node: Mutex<Option<Pin<KBox<CharDevice<FileHandle, Arc<Gpu>>>>>>,
+    node: Mutex<Option<Pin<KBox<Node>>>>,
     #[pin]
     event_work: Work<Gpu, 0>,
     #[pin]
@@ -149,10 +154,11 @@ impl WorkItem<0> for Gpu {
     type Pointer = Arc<Gpu>;
 
     fn run(this: Arc<Gpu>) {
-        this.event.drain(|bytes| match abi::EventRecord::read_from_bytes(bytes) {
-            Ok(event) => this.handle_event(&event),
-            Err(_) => dev_err!(this.device, "an event of {} bytes; expected 64\n", bytes.len()),
-        });
+        this.event
+            .drain(|bytes| match abi::EventRecord::read_from_bytes(bytes) {
+                Ok(event) => this.handle_event(&event),
+                Err(_) => dev_err!(this.device, "an event of {} bytes; expected 64\n", bytes.len()),
+            });
     }
 }
 
@@ -239,7 +245,11 @@ impl Gpu {
     /// Declares the device lost. It will be reset as soon as possible.
     fn lose(self: &Arc<Self>, why: &str) {
         if !self.lost.xchg(true, Full) {
-            dev_err!(self.device, "device lost: {}; outstanding work is given up\n", why);
+            dev_err!(
+                self.device,
+                "device lost: {}; outstanding work is given up\n",
+                why
+            );
             // Fails only if it is queued already.
             let _ = ModuleQueue::get().map(|queue| queue.enqueue::<_, 1>(self.clone()));
         }
@@ -271,7 +281,9 @@ impl Gpu {
         if self.is_lost() {
             return Err(ENODEV);
         }
-        let pending = self.control.request(timeout(), |output| put(output, request.as_bytes()))?;
+        let pending = self
+            .control
+            .request(timeout(), |output| put(output, request.as_bytes()))?;
         self.control.kick();
         let response = self.answer(pending, what)?;
         check(response.status)?;
@@ -280,7 +292,8 @@ impl Gpu {
 
     /// Asks whether the device is still there.
     pub(crate) fn ping(self: &Arc<Self>) -> Result {
-        self.request(&header(abi::REQUEST_PING, 0), "no answer to PING").map(|_| ())
+        self.request(&header(abi::REQUEST_PING, 0), "no answer to PING")
+            .map(|_| ())
     }
 
     /// Makes a context for a new address space.
@@ -317,13 +330,7 @@ impl Gpu {
     /// happened, so that whoever keeps the page meanwhile has let the device make progress.
     ///
     /// Both requests go over the bus at once.
-    pub(crate) fn map_and_replay(
-        self: &Arc<Self>,
-        context: u32,
-        va: u64,
-        entry: u64,
-        fault: u64,
-    ) -> Result {
+    pub(crate) fn map_and_replay(self: &Arc<Self>, context: u32, va: u64, entry: u64, fault: u64) -> Result {
         if self.is_lost() {
             return Err(ENODEV);
         }
@@ -338,7 +345,9 @@ impl Gpu {
             length + put(&mut output[length..], entry.as_bytes())
         })?;
         let request = fault_request(abi::REQUEST_REPLAY, context, fault);
-        let replay = self.control.request(timeout(), |output| put(output, request.as_bytes()));
+        let replay = self
+            .control
+            .request(timeout(), |output| put(output, request.as_bytes()));
         self.control.kick();
         check(self.answer(map, "no answer to MAP")?.status)?;
         let replay = self.answer(replay?, "no answer to REPLAY")?;
@@ -378,7 +387,10 @@ impl Gpu {
             va: range.start,
             length: range.end - range.start,
         };
-        let pending = match self.invalidation.request(timeout(), |output| put(output, request.as_bytes())) {
+        let pending = match self
+            .invalidation
+            .request(timeout(), |output| put(output, request.as_bytes()))
+        {
             Ok(pending) => pending,
             Err(error) => {
                 if error == ETIMEDOUT {
@@ -417,7 +429,12 @@ impl Gpu {
                 }
             }
             abi::EVENT_CONTEXT_ERROR => {
-                dev_dbg!(self.device, "context {} in error: status {}\n", event.context, event.status);
+                dev_dbg!(
+                    self.device,
+                    "context {} in error: status {}\n",
+                    event.context,
+                    event.status
+                );
             }
             kind => dev_err!(self.device, "an event of unknown kind {}\n", kind),
         }
@@ -432,11 +449,18 @@ fn put(output: &mut [u8], bytes: &[u8]) -> usize {
 }
 
 fn header(opcode: u16, context: u32) -> abi::RequestHeader {
-    abi::RequestHeader { opcode, flags: 0, context }
+    abi::RequestHeader {
+        opcode,
+        flags: 0,
+        context,
+    }
 }
 
 fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
-    abi::FaultRequest { header: header(opcode, context), fault }
+    abi::FaultRequest {
+        header: header(opcode, context),
+        fault,
+    }
 }
 
 /// Believes the device only what makes sense.
@@ -444,11 +468,20 @@ fn validate(device: &Device) -> Result<abi::Config> {
     let config: abi::Config = device.read_config();
     let dev = device.generic();
     if config.magic != abi::MAGIC {
-        dev_info!(dev, "magic {:#x} is not Pinion's; leaving the device alone\n", config.magic);
+        dev_info!(
+            dev,
+            "magic {:#x} is not Pinion's; leaving the device alone\n",
+            config.magic
+        );
         return Err(ENODEV);
     }
     if config.version != abi::VERSION {
-        dev_err!(dev, "interface version {}; this driver knows {}\n", config.version, abi::VERSION);
+        dev_err!(
+            dev,
+            "interface version {}; this driver knows {}\n",
+            config.version,
+            abi::VERSION
+        );
         return Err(ENODEV);
     }
     let sane = config.va_bits == abi::VA_BITS
@@ -473,15 +506,21 @@ impl virtio::Driver for Gpu {
         let response = size_of::<abi::Response>();
         let max_batch = config.max_batch.min(MAX_BATCH);
         let mut layouts = KVec::new();
-        let mut layout = |output, input, slots| {
-            layouts.push(Layout { output, input, slots }, GFP_KERNEL)
-        };
-        layout(size_of::<abi::MapRequest>() + MAP_ENTRIES * size_of::<u64>(), response, CONTROL_SLOTS)?;
+        let mut layout = |output, input, slots| layouts.push(Layout { output, input, slots }, GFP_KERNEL);
+        layout(
+            size_of::<abi::MapRequest>() + MAP_ENTRIES * size_of::<u64>(),
+            response,
+            CONTROL_SLOTS,
+        )?;
         layout(size_of::<abi::InvalidateRequest>(), response, CONTROL_SLOTS)?;
         layout(0, size_of::<abi::EventRecord>(), usize::MAX)?;
         for _ in 0..config.num_rings {
             let commands = max_batch as usize * size_of::<abi::Command>();
-            layout(size_of::<abi::SubmitHeader>() + commands, size_of::<abi::Completion>(), RING_SLOTS)?;
+            layout(
+                size_of::<abi::SubmitHeader>() + commands,
+                size_of::<abi::Completion>(),
+                RING_SLOTS,
+            )?;
         }
         let contexts = Contexts::new(config.max_contexts as usize)?;
         let memory = PrivateMemory::new(c"pinion", PIN_PAGES, Residency::new(contexts.clone()))?;
@@ -494,7 +533,11 @@ impl virtio::Driver for Gpu {
         let control = transport.channel(abi::QUEUE_CONTROL.into())?;
         let invalidation = transport.channel(abi::QUEUE_INVALIDATE.into())?;
         let event = transport.channel(abi::QUEUE_EVENT.into())?;
-        let limits = Limits { rings: config.num_rings.into(), max_batch, vram_size: config.vram_size };
+        let limits = Limits {
+            rings: config.num_rings.into(),
+            max_batch,
+            vram_size: config.vram_size,
+        };
         Arc::pin_init(
             try_pin_init!(Self {
                 device: device.generic().into(),
@@ -524,7 +567,7 @@ impl virtio::Driver for Gpu {
         this.event.post_inputs()?;
         this.ping()?;
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
-        let node = KBox::pin_init(CharDevice::new(name, 0o666, this.clone()), GFP_KERNEL)?;
+        let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         Ok(())
     }

@@ -19,6 +19,11 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
+/// How long to wait before trying again to bring home a page that others use.
+const PAUSE: Delta = Delta::from_millis(1);
+/// How often to try.
+const PATIENCE: u32 = 5000;
+
 /// By whom and where a pinned page is mapped.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Mapped {
@@ -48,13 +53,17 @@ impl Residency {
         page: DevicePage,
         unmapped: Unmapped<'_>,
     ) -> Result<(), Busy> {
-        let Some((_, mapped)) = memory.get(page) else { return Err(Busy) };
+        let Some((_, mapped)) = memory.get(page) else {
+            return Err(Busy);
+        };
         let space = memory.handler().contexts.get(mapped.context);
         if let Some(space) = &space {
             space.revoke(mapped.va);
         }
         // The page is locked: nobody else takes it.
-        let Some(pinned) = memory.take(page) else { return Err(Busy) };
+        let Some(pinned) = memory.take(page) else {
+            return Err(Busy);
+        };
         match unmapped.migrate(Destination::Unpin(pinned)).finish_unpin() {
             Ok(()) => {
                 if let Some(space) = &space {
@@ -70,40 +79,55 @@ impl Residency {
     }
 
     /// Brings home every pinned page of `context`, which the device does not access any more.
+    ///
+    /// What somebody else is using all the time stays, and comes home when a CPU touches it.
     pub(crate) fn evict(gpu: &Gpu, context: u32) {
-        Self::evict_if(gpu, |mapped| mapped.context == context);
+        for _ in 0..PATIENCE {
+            if Self::evict_once(gpu, |mapped| mapped.context == context) == 0 {
+                return;
+            }
+            fsleep(PAUSE);
+        }
+        dev_warn!(gpu.device(), "context {}: not all pinned pages came home\n", context);
     }
 
     /// Brings home every pinned page. The device does not access memory any more, and nothing is being pinned.
+    /// There is no giving up: the struct pages that stand in for them are about to go away.
     pub(crate) fn evict_all(gpu: &Gpu) {
-        Self::evict_if(gpu, |_| true);
-    }
-
-    fn evict_if(gpu: &Gpu, select: impl Fn(&Mapped) -> bool) {
-        let memory = gpu.memory();
-        // A page can be in use by a CPU fault or by somebody who walks over it, for a moment.
-        for attempt in 0u32.. {
-            let mut left = 0usize;
-            memory.for_each(&select, |page| {
-                let Ok(unmapped) = migrate::setup_device_page(page) else {
-                    left += 1;
-                    return;
-                };
-                // Only now can it not become another address space's page.
-                if memory.get(page).is_some_and(|(_, mapped)| select(&mapped))
-                    && Self::bring_home(memory, page, unmapped).is_err()
-                {
-                    left += 1;
-                }
-            });
+        let mut round = 0u32;
+        loop {
+            let left = Self::evict_once(gpu, |_| true);
             if left == 0 {
                 return;
             }
-            if attempt == 1000 {
-                dev_warn!(gpu.device(), "{} pinned pages are in use by others and do not come home\n", left);
+            round = round.wrapping_add(1);
+            if round % PATIENCE == 0 {
+                dev_warn!(gpu.device(), "waiting for {} pinned pages to come home\n", left);
             }
-            fsleep(Delta::from_micros(1000));
+            fsleep(PAUSE);
         }
+    }
+
+    /// Brings home what `select`s; returns how many pages are in use by others for the moment (a CPU fault,
+    /// somebody who walks over them).
+    fn evict_once(gpu: &Gpu, select: impl Fn(&Mapped) -> bool) -> usize {
+        let memory = gpu.memory();
+        let mut left = 0;
+        memory.for_each(&select, |page| {
+            let Ok(unmapped) = migrate::setup_device_page(page) else {
+                left += 1;
+                return;
+            };
+            // Only now can it not become another address space's page.
+            if memory
+                .get(page)
+                .is_some_and(|(_, mapped)| select(&mapped))
+                && Self::bring_home(memory, page, unmapped).is_err()
+            {
+                left += 1;
+            }
+        });
+        left
     }
 }
 

@@ -120,7 +120,9 @@ const MAXIMUM: usize = kernel::page::PAGE_SIZE;
 /// is not known here.
 pub(crate) fn read<T: Structure>(arg: usize) -> Result<T> {
     let mut size = 0u32;
-    UserSlice::new(UserPtr::from_addr(arg), size_of::<u32>()).reader().read_slice(size.as_mut_bytes())?;
+    UserSlice::new(UserPtr::from_addr(arg), size_of::<u32>())
+        .reader()
+        .read_slice(size.as_mut_bytes())?;
     let size = size as usize;
     if !(T::MINIMUM..=MAXIMUM).contains(&size) {
         return Err(EINVAL);
@@ -138,7 +140,10 @@ pub(crate) fn read<T: Structure>(arg: usize) -> Result<T> {
             return Err(E2BIG);
         }
     }
-    let flags = value.as_bytes().get(4..8).and_then(|bytes| u32::read_from_bytes(bytes).ok());
+    let flags = value
+        .as_bytes()
+        .get(4..8)
+        .and_then(|bytes| u32::read_from_bytes(bytes).ok());
     if flags.is_none_or(|flags| flags & !T::FLAGS != 0) {
         return Err(EINVAL);
     }
@@ -149,5 +154,7 @@ pub(crate) fn read<T: Structure>(arg: usize) -> Result<T> {
 pub(crate) fn write<T: Structure>(arg: usize, size: u32, value: &T) -> Result {
     let bytes = value.as_bytes();
     let known = bytes.len().min(size as usize);
-    UserSlice::new(UserPtr::from_addr(arg), known).writer().write_slice(&bytes[..known])
+    UserSlice::new(UserPtr::from_addr(arg), known)
+        .writer()
+        .write_slice(&bytes[..known])
 }

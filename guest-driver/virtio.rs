@@ -97,7 +97,10 @@ impl<T: Driver> Registration<T> {
     /// Registers the driver, and probes the devices that are there.
     pub(crate) fn new(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         let ids = [
-            c::virtio_device_id { device: T::DEVICE_ID, vendor: ANY_VENDOR },
+            c::virtio_device_id {
+                device: T::DEVICE_ID,
+                vendor: ANY_VENDOR,
+            },
             c::virtio_device_id { device: 0, vendor: 0 },
         ];
         try_pin_init!(&this in Self {
@@ -220,7 +223,10 @@ impl Transport {
             )
         })?;
         // From here on, dropping `this` deletes the queues.
-        let mut this = Self { device: device.as_raw(), channels: KVec::new() };
+        let mut this = Self {
+            device: device.as_raw(),
+            channels: KVec::new(),
+        };
         for (queue, layout) in queues.iter().zip(layouts) {
             // SAFETY: `find_vqs` has returned this queue. `Drop` closes the channel before it deletes the
             // queues.
@@ -331,7 +337,10 @@ impl Channel {
             slots.push(slot, GFP_KERNEL)?;
             done.push(KBox::pin_init(Completion::new(), GFP_KERNEL)?, GFP_KERNEL)?;
         }
-        let inner = Inner { queue: Some(queue), slots };
+        let inner = Inner {
+            queue: Some(queue),
+            slots,
+        };
         Arc::pin_init(
             pin_init!(Self {
                 inner <- new_spinlock_irq!(inner),
@@ -353,16 +362,14 @@ impl Channel {
     /// # Errors
     ///
     /// ETIMEDOUT, ENODEV after the channel was closed.
-    fn send(
-        &self,
-        state: State,
-        timeout: Msecs,
-        write: impl FnOnce(&mut [u8]) -> usize,
-    ) -> Result<usize> {
+    fn send(&self, state: State, timeout: Msecs, write: impl FnOnce(&mut [u8]) -> usize) -> Result<usize> {
         self.free.down(timeout)?;
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
-        let free = inner.slots.iter().position(|slot| matches!(slot.state, State::Free));
+        let free = inner
+            .slots
+            .iter()
+            .position(|slot| matches!(slot.state, State::Free));
         let (Some(queue), Some(index)) = (inner.queue, free) else {
             // Closed, for the semaphore counts the free slots.
             drop(guard);
@@ -411,7 +418,8 @@ impl Channel {
         timeout: Msecs,
         write: impl FnOnce(&mut [u8]) -> usize,
     ) -> Result {
-        self.send(State::Posted(callback, tag), timeout, write).map(|_| ())
+        self.send(State::Posted(callback, tag), timeout, write)
+            .map(|_| ())
     }
 
     /// Tells the device of the requests that were sent since the last time.
@@ -439,7 +447,9 @@ impl Channel {
         let mut copy = [0u8; MAX_EVENT];
         loop {
             let mut inner = self.inner.lock();
-            let Some((index, length)) = inner.next_used() else { break };
+            let Some((index, length)) = inner.next_used() else {
+                break;
+            };
             let length = length.min(copy.len());
             copy[..length].copy_from_slice(&inner.slots[index].input[..length]);
             self.answer(&mut inner, index, None);

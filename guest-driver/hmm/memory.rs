@@ -110,7 +110,6 @@ impl FaultedPage<'_> {
     }
 
     pub(super) fn vma(&self) -> *mut bindings::vm_area_struct {
-        // SAFETY: The anonymous struct is the one with `vma` in it, whatever bindgen calls it.
         self.vmf.__bindgen_anon_1.vma
     }
 
@@ -171,14 +170,25 @@ impl<H: Handler> PrivateMemory<H> {
         let count = size >> kernel::page::PAGE_SHIFT;
         let mut entries = KVVec::with_capacity(count, GFP_KERNEL)?;
         for index in 0..count {
-            let next_free = if index + 1 == count { NONE } else { index as u32 + 1 };
-            let entry = Entry { pinned: None, data: H::PageData::default(), next_free };
+            let next_free = if index + 1 == count {
+                NONE
+            } else {
+                index as u32 + 1
+            };
+            let entry = Entry {
+                pinned: None,
+                data: H::PageData::default(),
+                next_free,
+            };
             entries.push(entry, GFP_KERNEL)?;
         }
-        let table = Table { entries, first_free: 0 };
-        // SAFETY: No preconditions.
-        let resource =
-            from_err_ptr(unsafe { c::pinion_request_free_mem_region(size, name.as_char_ptr()) })?;
+        let table = Table {
+            entries,
+            first_free: 0,
+        };
+        // SAFETY: The name is a static string.
+        let resource = unsafe { c::pinion_request_free_mem_region(size, name.as_char_ptr()) };
+        let resource = from_err_ptr(resource)?;
         // SAFETY: Just allocated.
         let start = unsafe { (*resource).start } as usize;
         let release = kernel::types::ScopeGuard::new(|| {
@@ -285,11 +295,7 @@ impl<H: Handler> PrivateMemory<H> {
     }
 
     /// Calls `each` for the pages that stand in for another and whose data `select`s.
-    pub(crate) fn for_each(
-        &self,
-        select: impl Fn(&H::PageData) -> bool,
-        mut each: impl FnMut(DevicePage),
-    ) {
+    pub(crate) fn for_each(&self, select: impl Fn(&H::PageData) -> bool, mut each: impl FnMut(DevicePage)) {
         for index in 0..self.count {
             let selected = {
                 let table = self.table.lock();
@@ -318,9 +324,14 @@ impl<H: Handler> PrivateMemory<H> {
         // SAFETY: The folio is one of ours; memunmap_pages() in `drop` waits until all are free.
         let (this, pfn) = unsafe {
             let page = c::pinion_folio_page(folio);
-            (Self::from_pgmap(c::pinion_device_private_pagemap(page)), Pfn::of(page))
+            (
+                Self::from_pgmap(c::pinion_device_private_pagemap(page)),
+                Pfn::of(page),
+            )
         };
-        let Some(index) = this.index(DevicePage(pfn)) else { return };
+        let Some(index) = this.index(DevicePage(pfn)) else {
+            return;
+        };
         let mut table = this.table.lock();
         let first_free = table.first_free;
         let entry = &mut table.entries[index];
@@ -341,7 +352,14 @@ impl<H: Handler> PrivateMemory<H> {
             let page = (*vmf).page;
             let this = Self::from_pgmap(c::pinion_device_private_pagemap(page));
             let page = DevicePage(Pfn::of(page));
-            (this, FaultedPage { vmf: &*vmf, page, owner: this.owner() })
+            (
+                this,
+                FaultedPage {
+                    vmf: &*vmf,
+                    page,
+                    owner: this.owner(),
+                },
+            )
         };
         match H::migrate_to_ram(this, &fault) {
             Outcome::Done => 0,

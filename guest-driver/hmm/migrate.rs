@@ -32,16 +32,16 @@ use crate::bindings as c;
 use core::marker::PhantomData;
 use kernel::{error::to_result, mm::MmapReadGuard, prelude::*};
 
-const VALID: usize = c::PINION_MIGRATE_PFN_VALID as usize;
-const MIGRATE: usize = c::PINION_MIGRATE_PFN_MIGRATE as usize;
-const SHIFT: usize = c::PINION_MIGRATE_PFN_SHIFT as usize;
+const VALID: usize = c::PINION_MIGRATE_PFN_VALID;
+const MIGRATE: usize = c::PINION_MIGRATE_PFN_MIGRATE;
+const SHIFT: usize = c::PINION_MIGRATE_PFN_SHIFT;
 
 #[cfg(has_migrate_pfn_pin)]
-const PIN: usize = c::PINION_MIGRATE_PFN_PIN as usize;
+const PIN: usize = c::PINION_MIGRATE_PFN_PIN;
 #[cfg(not(has_migrate_pfn_pin))]
 const PIN: usize = 0;
 #[cfg(has_migrate_pfn_pin)]
-const UNPIN: usize = c::PINION_MIGRATE_PFN_UNPIN as usize;
+const UNPIN: usize = c::PINION_MIGRATE_PFN_UNPIN;
 #[cfg(not(has_migrate_pfn_pin))]
 const UNPIN: usize = 0;
 
@@ -145,9 +145,7 @@ impl Entries {
             // SAFETY: `migrate_vma_pages` has been called.
             Kind::Vma => unsafe { c::migrate_vma_finalize(&mut self.args) },
             // SAFETY: `migrate_device_pages` has been called.
-            Kind::Pages => unsafe {
-                c::migrate_device_finalize(&mut self.source, &mut self.destination, 1)
-            },
+            Kind::Pages => unsafe { c::migrate_device_finalize(&mut self.source, &mut self.destination, 1) },
         }
     }
 }
@@ -190,7 +188,10 @@ pub(crate) fn setup_pin<'a>(
     inner.args.flags = c::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM as usize;
     // SAFETY: The vma is valid while mmap_lock is held, and the range is one page in it.
     unsafe { inner.setup() }?;
-    let unmapped = Unmapped { entries: Some(inner), _lock: PhantomData };
+    let unmapped = Unmapped {
+        entries: Some(inner),
+        _lock: PhantomData,
+    };
     match unmapped.source() {
         Some(source) if unmapped.may_pin(source) => Ok(unmapped),
         _ => Err(EBUSY),
@@ -212,7 +213,10 @@ pub(crate) fn setup_fault<'a>(fault: &'a FaultedPage<'_>) -> Result<Unmapped<'a>
     inner.args.fault_page = fault.page().pfn().page();
     // SAFETY: The vma is valid during the fault, the range is one page in it, and the fault has locked the page.
     unsafe { inner.setup() }?;
-    let unmapped = Unmapped { entries: Some(inner), _lock: PhantomData };
+    let unmapped = Unmapped {
+        entries: Some(inner),
+        _lock: PhantomData,
+    };
     if unmapped.source().is_none() {
         return Err(EBUSY);
     }
@@ -229,7 +233,10 @@ pub(crate) fn setup_device_page(page: DevicePage) -> Result<Unmapped<'static>> {
     inner.source = page.pfn().number();
     // SAFETY: `source` is the frame number of a device-private page.
     unsafe { inner.setup() }?;
-    let unmapped = Unmapped { entries: Some(inner), _lock: PhantomData };
+    let unmapped = Unmapped {
+        entries: Some(inner),
+        _lock: PhantomData,
+    };
     if unmapped.source().is_none() {
         return Err(EBUSY);
     }
@@ -246,8 +253,8 @@ impl<'a> Unmapped<'a> {
     fn may_pin(&self, source: Source) -> bool {
         let page = source.pfn.page();
         // SAFETY: The page is locked and referenced by the migration.
-        KERNEL_PINS
-            || unsafe { c::pinion_page_is_anon(page) && !c::pinion_page_maybe_dma_pinned(page) }
+        let free = unsafe { c::pinion_page_is_anon(page) && !c::pinion_page_maybe_dma_pinned(page) };
+        KERNEL_PINS || free
     }
 
     /// Migrates the page to `destination`.
@@ -298,7 +305,13 @@ impl<'a> Unmapped<'a> {
             // for an entry that has been migrated with MIGRATE_PFN_PIN. The page is unmapped and isolated.
             unsafe { PinnedPage::from_raw(Pfn::new(entries.source >> SHIFT)) }
         });
-        Moved { entries: Some(entries), moved, pinned, unpin, _lock: PhantomData }
+        Moved {
+            entries: Some(entries),
+            moved,
+            pinned,
+            unpin,
+            _lock: PhantomData,
+        }
     }
 }
 
@@ -324,7 +337,13 @@ pub(crate) struct Moved<'a> {
 
 impl Moved<'_> {
     fn nothing() -> Self {
-        Self { entries: None, moved: false, pinned: None, unpin: None, _lock: PhantomData }
+        Self {
+            entries: None,
+            moved: false,
+            pinned: None,
+            unpin: None,
+            _lock: PhantomData,
+        }
     }
 
     /// The page that has been pinned, once. Its stand-in must know of it before the migration is finished,

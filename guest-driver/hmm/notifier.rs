@@ -177,7 +177,11 @@ impl<M: Mirror> IntervalNotifier<M> {
         let revocations = self.state.lock().revocations;
         // SAFETY: Registered by the type invariant.
         let kernel = unsafe { c::mmu_interval_read_begin(self.inner.get()) };
-        Sequence { kernel, revocations, _notifier: PhantomData }
+        Sequence {
+            kernel,
+            revocations,
+            _notifier: PhantomData,
+        }
     }
 
     /// Ends reading: if nothing has changed since `sequence` began, what was read may be put into the mirror
