@@ -1,2 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Guest programs of Pinion and the harness that runs them.
+
+//! What the guest programs share. `src/bin` has the programs, which run in a guest as root; `tests/` has the
+//! harness, which runs on the host and boots guests for them.
+
+pub mod mapping;
+pub mod pagemap;
+pub mod process;
+
+pub use mapping::Mapping;
+
+/// What a guest program opens unless it is told otherwise.
+pub const DEVICE: &str = "/dev/pinion0";
+
+/// Any failure of a guest program, for a person to read.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// An error with all that caused it, on one line.
+#[must_use]
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -104,6 +104,9 @@ pub enum Status {
     Fault,
     /// The device has gone, or does not answer.
     DeviceLost,
+    /// The GPU cannot get the exclusive access that an atomic operation needs: the memory is file-backed or shared, or
+    /// somebody else has pinned it.
+    NotExclusive,
 }
 
 /// The end of a submission.
@@ -327,6 +330,7 @@ impl Gpu {
             uapi::STATUS_CONTEXT_ERROR => Status::ContextError,
             uapi::STATUS_FAULT => Status::Fault,
             uapi::STATUS_DEVICE_LOST => Status::DeviceLost,
+            uapi::STATUS_NOT_EXCLUSIVE => Status::NotExclusive,
             value => {
                 return Err(Error::Unknown {
                     what: "status",

@@ -103,6 +103,7 @@ pub const STATUS_BUS_ERROR: u32 = 7;
 pub const STATUS_CONTEXT_ERROR: u32 = 8;
 pub const STATUS_FAULT: u32 = 9;
 pub const STATUS_DEVICE_LOST: u32 = 0x100;
+pub const STATUS_NOT_EXCLUSIVE: u32 = 0x101;
 
 /// `struct pinion_advise`
 #[repr(C)]
