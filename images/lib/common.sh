@@ -115,7 +115,11 @@ build_entry() {
     local kind=$1 key=$2 mib=$3 text=$4 new log pid status=0
     shift 4
     [[ ! -e $ENTRY ]] || return 0 # made by the run that we have been waiting for
+    # Were this called in a condition, a builder would go on after a failure, and the half-made entry would be trusted.
+    (set -e; false; true) &
+    if wait $!; then die "internal error: cache_entry was called where set -e is off"; fi
     need_space "$mib"
+    case $kind in kernel-* | module) namespace_flags ;; esac # these work inside the toolchain's tree
     mkdir -p "$CACHE/$kind"
     # We hold the lock of this key, so what lies here was left by a run that was killed.
     remove_tree "$CACHE/$kind/.new-$key."*

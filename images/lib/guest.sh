@@ -10,7 +10,6 @@ ensure_module() {
     local release
     [[ -e $REPO/guest-driver/Kbuild ]] || die "there is no module to build: $REPO/guest-driver/Kbuild is missing (--no-driver runs a guest without it)"
     release=$(<"$KERNEL/release")
-    namespace_flags
     cache_entry module "$( (cd "$REPO" && module_sources | xargs -d '\n' sha256sum; kernel_identity; declare -f make_module module_make) | hash)" 100 \
         "building pinion.ko for $release" make_module
     MODULE=$ENTRY/pinion.ko

@@ -86,7 +86,6 @@ patches() { find "$KERNEL_DIR/patches" -name '*.patch' 2>/dev/null | LC_ALL=C so
 
 ensure_built_kernel() {
     local name=$1
-    namespace_flags
     cache_entry "kernel-$name" "$( (basename "$SOURCE" "$TOOLCHAIN"; basename "$TOOLCHAIN"; kernel_inputs) | hash)" 1800 \
         "building kernel '$name' (the longest step: 5 to 10 minutes on two cores)" make_kernel "$SOURCE"
 }
@@ -207,29 +206,37 @@ build_own_kernel() {
 
 ensure_debian_kernel() {
     local name=$1
-    namespace_flags
-    cache_entry "kernel-$name" "$( (package_key debian; basename "$SOURCE"; basename "$TOOLCHAIN"; declare -f make_debian_kernel) | hash)" 1800 \
+    cache_entry "kernel-$name" "$( (package_key debian; basename "$SOURCE"; basename "$TOOLCHAIN"; declare -f make_debian_kernel debian_make) | hash)" 1800 \
         "preparing Debian's kernel $(<"$RESOLVED/debian.release")" make_debian_kernel "$SOURCE" "$RESOLVED/debian.uris" "$(<"$RESOLVED/debian.release")"
 }
 
 # The kernel itself is Debian's. Its header packages lack the metadata of the kernel crate, which a module in Rust needs, so
 # that is made again: the same source, the same configuration to the letter, the same compilers give the same symbol hashes.
 make_debian_kernel() {
-    local source=$1 uris=$2 release=$3 new=$4 headers=usr/src/linux-headers-$3
+    local source=$1 uris=$2 release=$3 new=$4 headers vmlinuz
     unpack_packages "$uris" "$new/package"
+    headers=$new/package/usr/src/linux-headers-$release
+    vmlinuz=$new/package/usr/lib/modules/$release/vmlinuz
+    [[ -e $vmlinuz ]] || vmlinuz=$new/package/boot/vmlinuz-$release # where it was before 7.1
+    cp "$vmlinuz" "$new/bzImage"
     cp -al "$source" "$new/linux"
     mkdir "$new/build"
-    cp "$new/package/$headers/.config" "$new/build/.config"
-    in_toolchain -r "$new/linux:/pinion/linux" -b "$new/build:/pinion/build" \
-        make -C /pinion/linux O=/pinion/build CC=x86_64-linux-gnu-gcc-14 KERNELRELEASE="$release" -j"$(nproc)" olddefconfig modules_prepare
-    # olddefconfig may only have dropped or added comments: one option off, and struct module has another size.
-    if ! diff <(grep '^CONFIG' "$new/package/$headers/.config") <(grep '^CONFIG' "$new/build/.config"); then
+    cp "$headers/.config" "$new/build/.config"
+    debian_make "$new" "$release" olddefconfig
+    # One option off, and struct module has another size.
+    if ! diff <(grep '^CONFIG' "$headers/.config") <(grep '^CONFIG' "$new/build/.config"); then
         echo "error: the toolchain changes Debian's configuration (see above), a module would not load"
         return 1
     fi
-    cp "$new/package/$headers/Module.symvers" "$new/build/Module.symvers"
-    cp "$new/package/boot/vmlinuz-$release" "$new/bzImage"
+    debian_make "$new" "$release" -j"$(nproc)" modules_prepare
+    cp "$headers/Module.symvers" "$new/build/Module.symvers"
     cp "$new/build/.config" "$new/config"
     echo "$release" >"$new/release"
     remove_tree "$new/package"
+}
+
+debian_make() {
+    local dir=$1 release=$2
+    shift 2
+    kernel_make "$dir/linux" "$dir/build" CC=x86_64-linux-gnu-gcc-14 KERNELRELEASE="$release" "$@"
 }

@@ -99,13 +99,15 @@ resolve_locked() {
     # The key is made from the time, as the content is not known before.
     key=$(date +%s.%N | hash)
     local log=$CACHE/logs/resolved-$key.log failed=''
+    # Not in a condition, where `set -e` would not hold for anything inside.
     (
         set -e
         CLEANUP=()
         install_traps
         ENTRY=$CACHE/resolved/$key
         DIE_STATUS=99 build_entry resolved "$key" 200 "asking the package mirror for versions" resolve_into
-    ) || failed=$?
+    ) &
+    wait $! || failed=$?
     if [[ -n $failed ]]; then
         ((failed == 99)) || exit "$failed"
         [[ -n $was ]] || exit "$STATUS_SETUP"
@@ -141,7 +143,7 @@ resolve_into() {
 }
 
 resolve_sets() {
-    local new=$1 apt=$1/apt source version headers release
+    local new=$1 apt=$1/apt source version headers release set
     # shellcheck disable=SC2086 # a list of packages
     apt_private "$apt" apt-get -qq --print-uris -y install $TOOLCHAIN_PACKAGES >"$new/toolchain.uris"
     apt_private "$apt" apt-get -qq --print-uris -y install -t "$SUITE_NEW" qemu-system-x86 >"$new/qemu.uris"
@@ -168,10 +170,9 @@ resolve_sets() {
             break
         fi
     done
-    test -s "$new/toolchain.uris"
-    test -s "$new/qemu.uris"
-    test -s "$new/source.uris"
-    test -s "$new/debian.uris"
+    for set in toolchain qemu source previous debian debian-source; do
+        test -s "$new/$set.uris" || { echo "error: the mirror has no packages for '$set'"; return 1; }
+    done
     {
         awk '{ print $2 }' "$new/source.uris"
         awk '$2 ~ /^(linux-binary-.*|qemu-system-x86|rustc|gcc-14)_/ { print $2 }' "$new/debian.uris" "$new/qemu.uris" "$new/toolchain.uris"
@@ -197,7 +198,7 @@ unpack_packages() {
     export -f unpack_one
     awk '{ print $2 }' "$uris" | while read -r name; do
         [[ $name == "$first" ]] || printf '%s\0' "$pool/$name"
-    done | xargs -0 -n 1 -P "$(nproc)" bash -c 'set -eo pipefail; unpack_one "$1" "$0"' "$dir"
+    done | xargs -0 --no-run-if-empty -n 1 -P "$(nproc)" bash -c 'set -eo pipefail; unpack_one "$1" "$0"' "$dir"
     remove_tree "$pool"
 }
 
