@@ -148,18 +148,21 @@ impl End {
 
 /// Runs until the end is asked for, or until the one connection that was given is over.
 pub fn run(config: &Config) -> Result<(), Error> {
-    let end = End::on_signals()?;
+    let settings = &config.settings;
     match &config.source {
         Source::Path(path) => {
+            // First, so that the socket does not stay behind.
+            let end = End::on_signals()?;
             let file = SocketFile::bind(path)?;
-            serve_all(&end, &config.settings, file.listener())
+            serve_all(&end, settings, file.listener())
         }
         Source::Fd(fd) => {
             let socket = given(*fd)?;
+            let end = End::on_signals()?;
             if socket_acceptconn(&socket).map_err(system("look at the socket"))? {
-                serve_all(&end, &config.settings, &UnixListener::from(socket))
+                serve_all(&end, settings, &UnixListener::from(socket))
             } else {
-                serve_given(&end, &config.settings, UnixStream::from(socket))
+                serve_given(&end, settings, UnixStream::from(socket))
             }
         }
     }
@@ -171,12 +174,9 @@ fn given(fd: RawFd) -> Result<OwnedFd, Error> {
     if fd <= 2 {
         return Err(refuse(io::ErrorKind::InvalidInput.into()));
     }
-    // Opening it anew through /proc would not work for sockets, so this has to be taken on trust; but
-    // that it is open can be checked.
     std::fs::symlink_metadata(format!("/proc/self/fd/{fd}")).map_err(refuse)?;
-    // SAFETY: The descriptor is open, which was just checked, and it is not one that this program has
-    // opened: nothing but the eventfd and pipe of `End` is open yet beyond what it was started with,
-    // and `socket_domain` below refuses those, whereupon the process ends.
+    // SAFETY: The descriptor is open, which was just checked, and nobody else owns it: this is called
+    // once, before the program opens anything that it keeps, and the standard streams are excluded.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     match socket_domain(&socket) {
         Ok(rustix::net::AddressFamily::UNIX) => Ok(socket),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Hands everything that comes from one Unix stream on to another, file descriptors too.
+//! Hands the vhost-user messages that come from one Unix stream on to another, file descriptors too.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -16,6 +16,8 @@ use rustix::net::{
 
 /// Most file descriptors in one message; vhost-user sends no more than 32, Linux no more than 253.
 const MAX_FDS: usize = 253;
+/// Bytes in the header of a vhost-user message: request, flags, size.
+const HEADER: usize = 12;
 
 /// Runs until one of the two ends, and ends the other.
 pub(crate) fn run(one: &UnixStream, other: &UnixStream) {
@@ -42,14 +44,39 @@ fn step(one: &UnixStream, other: &UnixStream) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
-/// Hands over what can be read now. False at the end of the stream.
+/// Hands over one message. False at the end of the stream.
+///
+/// It has to be one exactly: file descriptors come with the message that they belong to, but a read
+/// that goes beyond its end can return those of the next one with it.
 fn hand_over(from: &UnixStream, to: &UnixStream) -> rustix::io::Result<bool> {
+    let mut header = [0; HEADER];
+    let mut have = 0;
+    while let Some(rest) = header.get_mut(have..).filter(|rest| !rest.is_empty()) {
+        match pass(from, to, rest)? {
+            0 => return Ok(false),
+            count => have = have.saturating_add(count),
+        }
+    }
+    // The last of the header's three fields: how many bytes follow.
+    let [.., a, b, c, d] = header;
+    let mut left = u32::from_le_bytes([a, b, c, d]) as usize;
     let mut bytes = [0; 4096];
+    while let Some(next) = bytes.get_mut(..left.min(4096)).filter(|next| !next.is_empty()) {
+        match pass(from, to, next)? {
+            0 => return Ok(false),
+            count => left = left.saturating_sub(count),
+        }
+    }
+    Ok(true)
+}
+
+/// Reads into `bytes`, and sends what came, with the descriptors that came with it.
+fn pass(from: &UnixStream, to: &UnixStream, bytes: &mut [u8]) -> rustix::io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = recvmsg(
         from,
-        &mut [IoSliceMut::new(&mut bytes)],
+        &mut [IoSliceMut::new(bytes)],
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
     )?
@@ -62,23 +89,19 @@ fn hand_over(from: &UnixStream, to: &UnixStream) -> rustix::io::Result<bool> {
         })
         .flatten()
         .collect();
-    let mut rest = bytes.get(..received).unwrap_or_default();
-    if rest.is_empty() {
-        return Ok(false);
-    }
-    // The descriptors go with the first byte that they came with.
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !borrowed.is_empty() {
         control.push(SendAncillaryMessage::ScmRights(&borrowed));
     }
+    let mut rest = bytes.get(..received).unwrap_or_default();
     while !rest.is_empty() {
         let sent = sendmsg(to, &[IoSlice::new(rest)], &mut control, SendFlags::NOSIGNAL)?;
         control.clear();
         rest = rest.get(sent..).unwrap_or_default();
     }
-    Ok(true)
+    Ok(received)
 }
 
 #[cfg(test)]
@@ -86,32 +109,46 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
 
-    #[test]
-    fn bytes_and_descriptors_come_through_and_the_end_too() {
-        let (mut outside, one) = UnixStream::pair().unwrap();
-        let (other, mut inside) = UnixStream::pair().unwrap();
-        let thread = std::thread::spawn(move || run(&one, &other));
-        outside.write_all(&[7; 10_000]).unwrap();
-        let mut bytes = vec![0; 10_000];
-        inside.read_exact(&mut bytes).unwrap();
-        assert_eq!(bytes, [7; 10_000]);
+    fn message(body: &[u8]) -> Vec<u8> {
+        [&[0; 8], &(body.len() as u32).to_le_bytes()[..], body].concat()
+    }
 
+    #[test]
+    fn messages_keep_their_descriptors() {
+        let (outside, one) = UnixStream::pair().unwrap();
+        let (other, mut inside) = UnixStream::pair().unwrap();
         let (mut mine, theirs) = UnixStream::pair().unwrap();
+        // Two messages, of which the second has a descriptor, before anybody reads.
+        let (first, second) = (message(&[7; 10_000]), message(b"x"));
+        (&outside).write_all(&first).unwrap();
         let fds = [theirs.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
-        sendmsg(&inside, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+        sendmsg(
+            &outside,
+            &[IoSlice::new(&second)],
+            &mut control,
+            SendFlags::empty(),
+        )
+        .unwrap();
+        let thread = std::thread::spawn(move || run(&one, &other));
+
+        // A plain read would drop descriptors, and the relay's must not come with these bytes.
+        let mut bytes = vec![0; first.len()];
+        inside.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, first);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
+        let mut header = [0; HEADER];
         recvmsg(
-            &outside,
-            &mut [IoSliceMut::new(&mut byte)],
+            &inside,
+            &mut [IoSliceMut::new(&mut header)],
             &mut control,
             RecvFlags::empty(),
         )
         .unwrap();
+        assert_eq!(header, second[..HEADER]);
         let fd = control
             .drain()
             .find_map(|message| match message {
@@ -124,6 +161,8 @@ mod tests {
         mine.read_exact(&mut hello).unwrap();
         assert_eq!(&hello, b"hello");
 
+        let mut byte = [0];
+        inside.read_exact(&mut byte).unwrap();
         drop(outside);
         assert_eq!(inside.read(&mut byte).unwrap(), 0);
         thread.join().unwrap();

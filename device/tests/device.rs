@@ -427,3 +427,48 @@ fn destroying_a_context_ends_its_work() {
     assert_eq!(guest.run(0, 3, &[abi::Command::default()]).status, OK);
     daemon.terminate();
 }
+
+#[test]
+fn connections_cost_nothing_that_stays() {
+    let mut daemon = Daemon::start(&[]);
+    let pid = daemon.child.id();
+    let descriptors = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
+    let mut use_it = || {
+        let mut guest = Guest::connect(&mut daemon, 1);
+        assert_eq!(guest.simple(abi::REQUEST_PING, 0), OK);
+    };
+    use_it();
+    use_it();
+    let (some, all) = (descriptors(), threads());
+    for _ in 0..20 {
+        use_it();
+    }
+    // The last connection may be on its way out, and the next one be in preparation.
+    until("descriptors and threads to be as many as before", || {
+        (descriptors() <= some && threads() <= all).then_some(())
+    });
+    daemon.terminate();
+}
+
+#[test]
+fn rubbish_on_the_socket_ends_the_connection_only() {
+    use std::io::{Read, Write};
+    let mut daemon = Daemon::start(&[]);
+    for rubbish in [&[0xff_u8; 64][..], b"GET / HTTP/1.0\r\n\r\n", &[0; 12], &[1]] {
+        let mut stream = daemon.connect();
+        stream.write_all(rubbish).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = Vec::new();
+        // It may reset the connection, with what we wrote unread.
+        let _ = stream.read_to_end(&mut answer);
+    }
+    let mut guest = Guest::connect(&mut daemon, 1);
+    assert_eq!(guest.simple(abi::REQUEST_PING, 0), OK);
+    drop(guest);
+    daemon.signal(rustix::process::Signal::TERM);
+    let (status, said) = daemon.end();
+    assert!(status.success(), "{said}");
+    assert!(said.lines().all(|line| line.contains("WARN")), "{said}");
+}

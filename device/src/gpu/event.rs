@@ -28,6 +28,11 @@ impl EventLog {
         self.records.lock().is_empty()
     }
 
+    /// How many events there are.
+    pub fn len(&self) -> usize {
+        self.records.lock().len()
+    }
+
     /// Takes the oldest record.
     pub fn take(&self) -> Option<EventRecord> {
         self.records.lock().pop_front()

@@ -97,16 +97,20 @@ pub struct FaultTable<T> {
 }
 
 impl<T> State<T> {
-    /// Wakes the rings that are stalled on fault `id`, and says how many.
-    fn wake(&mut self, id: u64, wake: Wake) -> usize {
-        let mut woken = 0_usize;
+    fn stalled_on(&self, id: u64) -> usize {
+        self.slots
+            .iter()
+            .filter(|slot| matches!(slot, Slot::Stalled(on) if *on == id))
+            .count()
+    }
+
+    /// Wakes the rings that are stalled on fault `id`.
+    fn wake(&mut self, id: u64, wake: Wake) {
         for slot in &mut self.slots {
             if matches!(slot, Slot::Stalled(on) if *on == id) {
                 *slot = Slot::Woken(wake);
-                woken = woken.saturating_add(1);
             }
         }
-        woken
     }
 
     fn report(&mut self, id: u64, got_through: bool) -> Option<Replayed<T>> {
@@ -251,11 +255,7 @@ impl<T> FaultTable<T> {
     /// at once if there is no such fault.
     pub fn replay(&self, context: u32, id: u64, ticket: T) -> Result<(), (T, Error)> {
         let mut state = self.state.lock();
-        let woken = state
-            .slots
-            .iter()
-            .filter(|slot| matches!(slot, Slot::Stalled(on) if *on == id))
-            .count();
+        let waiting = state.stalled_on(id);
         let found = state
             .faults
             .iter_mut()
@@ -265,7 +265,7 @@ impl<T> FaultTable<T> {
         };
         fault.stage = Stage::Replaying {
             ticket,
-            waiting: woken,
+            waiting,
             through: 0,
         };
         self.log.forget_fault(id);
@@ -277,6 +277,12 @@ impl<T> FaultTable<T> {
     /// Reports how the retry of a waiter went.
     pub fn report(&self, id: u64, got_through: bool) -> Option<Replayed<T>> {
         self.state.lock().report(id, got_through)
+    }
+
+    /// How many rings are stalled on a fault.
+    #[cfg(test)]
+    pub fn stalled_on(&self, id: u64) -> usize {
+        self.state.lock().stalled_on(id)
     }
 
     /// CANCEL: puts the context into error and ends its stalls.
