@@ -146,7 +146,8 @@ build_entry() {
     fi
     # When root fills a user's cache, the entries are to be the user's.
     [[ $(id -u) != 0 || $(stat -c %u "$CACHE") == 0 ]] || chown -R --reference="$CACHE" "$new"
-    mv -T "$new" "$ENTRY"
+    # Somebody else's doing, past the lock: theirs is as good.
+    if [[ -e $ENTRY ]]; then remove_tree "$new"; else mv -T "$new" "$ENTRY"; fi
 }
 
 abandon_build() {

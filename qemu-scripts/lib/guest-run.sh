@@ -96,7 +96,7 @@ stop() {
     kill -TERM "$1" 2>/dev/null || return 0
     local i
     for ((i = 0; i < 250; i++)); do
-        kill -0 "$1" 2>/dev/null || break
+        ! has_ended "$1" || break
         sleep 0.02
     done
     kill -KILL "$1" 2>/dev/null || true
@@ -190,16 +190,19 @@ start_qemu() {
     fi
 }
 
+# has_ended PID: whether the process is gone, or waits to be waited for.
+has_ended() { [[ ! -e /proc/$1/stat || $(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) != [!ZX]* ]]; }
+
 # wait_for_end: until QEMU is gone, which it is when the guest ends, when the time is up, or when a device fails.
 wait_for_end() {
-    local timer pid status index
+    local timer pid status
     QEMU_STATUS='' TIMED_OUT='' FAILED_DEVICE=''
     start sleep "$TIMEOUT"
     timer=$STARTED
     local waiting=("$QEMU_PID" "$timer" "${DEVICE_PIDS[@]}")
     while [[ -z $QEMU_STATUS ]]; do
         status=0
-        wait -n -p pid "${waiting[@]}" || status=$?
+        wait -n -p pid "${waiting[@]}" 2>/dev/null || status=$?
         case $pid in
         "$QEMU_PID") QEMU_STATUS=$status ;;
         "$timer")
@@ -208,12 +211,12 @@ wait_for_end() {
             QEMU_STATUS=0
             ;;
         *)
-            # A device ends by itself when QEMU hangs up, which we may see before we see QEMU's own end.
-            for index in "${!DEVICE_PIDS[@]}"; do
-                [[ ${DEVICE_PIDS[index]} != "$pid" ]] || break
-            done
-            if ((status != 0)); then
-                FAILED_DEVICE=$index FAILED_STATUS=$status
+            # A device may end when QEMU hangs up, and we may hear of that before we hear of QEMU's own end.
+            if ! has_ended "$QEMU_PID"; then
+                for FAILED_DEVICE in "${!DEVICE_PIDS[@]}"; do
+                    [[ ${DEVICE_PIDS[FAILED_DEVICE]} != "$pid" ]] || break
+                done
+                FAILED_STATUS=$status
                 stop "$QEMU_PID"
                 QEMU_STATUS=0
             fi
@@ -257,7 +260,7 @@ judge() {
         say "the guest's kernel panicked: $(grep -m 1 -o 'Kernel panic.*' "$RUN_DIR/console")"
     elif [[ -n $FAILED_DEVICE ]]; then
         status=$STATUS_DEVICE
-        say "pinion-device (GPU $FAILED_DEVICE) failed with status $FAILED_STATUS while the guest was running"
+        say "pinion-device (GPU $FAILED_DEVICE) ended with status $FAILED_STATUS while the guest was running"
     elif ((QEMU_STATUS != 0)); then
         status=$STATUS_QEMU
         say "QEMU failed with status $QEMU_STATUS"
