@@ -2,8 +2,27 @@
 
 //! Child processes that share the parent's memory as of the fork.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
+
+/// A pipe: the end to read from and the end to write to.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn pipe() -> io::Result<(File, File)> {
+    let mut ends = [0; 2];
+    // SAFETY: There is room for two.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: Both are new, and nobody else's.
+    let ends = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+    let [reader, writer] = ends.map(File::from);
+    Ok((reader, writer))
+}
 
 /// A child process. It is killed and reaped when this is dropped.
 #[derive(Debug)]
