@@ -474,3 +474,29 @@ fn rubbish_on_the_socket_ends_the_connection_only() {
     assert!(status.success(), "{said}");
     assert!(said.lines().all(|line| line.contains("WARN")), "{said}");
 }
+
+#[test]
+fn deliberate_defects_show() {
+    let mut daemon = Daemon::start(&["--inject", "stale-tlb", "--inject", "lost-fault"]);
+    let mut guest = Guest::connect(&mut daemon, 1);
+    assert_eq!(guest.create(0), OK);
+    assert_eq!(guest.map(0, VA, &[ALL | FREE]), OK);
+    assert_eq!(guest.run(0, 1, &[increments(VA, 1)]).status, OK);
+    // Taken away, and used all the same.
+    assert_eq!(guest.invalidate(0, VA, PAGE_SIZE, abi::INVALIDATE_CLEAR), OK);
+    assert_eq!(guest.run(0, 2, &[increments(VA, 1)]).status, OK);
+    assert_eq!(guest.read::<u64>(FREE), 2);
+    // Three faults are told of. The fourth is not; replayed with nothing repaired, it becomes the fifth.
+    for number in [1, 2, 3, 5] {
+        let va = VA + number * PAGE_SIZE;
+        let work = guest.submit(0, 0, 10 + number, &[increments(va, 1)]);
+        if number == 5 {
+            until("the ring to stall on fault 4", || guest.replay(0, 4).ok());
+        }
+        assert_eq!(guest.event().fault, number);
+        assert_eq!(guest.map(0, va, &[ALL | FREE]), OK);
+        assert_eq!(guest.replay(0, number), Ok(1));
+        assert_eq!(guest.completion(0, work).status, OK);
+    }
+    daemon.terminate();
+}

@@ -21,6 +21,8 @@ use super::vram::Vram;
 
 /// Most atomic operations in one chunk.
 const OPERATIONS_PER_CHUNK: u32 = 64;
+/// Most pieces of a COPY or FILL, each within a page, in one chunk.
+const PIECES_PER_CHUNK: u32 = 4;
 const PAGE: usize = PAGE_SIZE as usize;
 const OFFSET_MASK: u64 = PAGE_SIZE - 1;
 
@@ -166,8 +168,10 @@ impl Execution {
                 destination,
                 source,
                 length,
-            } => self.copy(window, scratch, destination, source, length),
-            Command::Fill { address, length, .. } => self.fill(window, scratch, address, length),
+            } => some_pieces(|| self.copy(window, scratch, destination, source, length)),
+            Command::Fill { address, length, .. } => {
+                some_pieces(|| self.fill(window, scratch, address, length))
+            }
             Command::Atomic(atomic) => self.atomic(window, &atomic),
         }
     }
@@ -292,6 +296,16 @@ impl Execution {
         }
         Ok(true)
     }
+}
+
+/// Repeats `piece` until it says that it was the last one, but not too often.
+fn some_pieces(mut piece: impl FnMut() -> Result<bool, Trouble>) -> Result<bool, Trouble> {
+    for _ in 0..PIECES_PER_CHUNK {
+        if piece()? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A page that atomic operations are done on.

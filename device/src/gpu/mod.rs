@@ -271,7 +271,8 @@ impl<H: Host> Gpu<H> {
             engine.gate.notify();
         }
         // An engine may hold the context a little longer; what is in it goes now.
-        context.table.write().clear(0, abi::VA_END);
+        let garbage = context.table.write().clear(0, abi::VA_END);
+        drop(garbage);
         Ok(())
     }
 
@@ -292,7 +293,8 @@ impl<H: Host> Gpu<H> {
             return Ok(());
         }
         if clear {
-            found.table.write().clear(va, end);
+            let garbage = found.table.write().clear(va, end);
+            drop(garbage);
         }
         for engine in &self.shared.engines {
             engine.gate.with(|inside| inside.tlb.invalidate(context, va, end));

@@ -70,11 +70,12 @@ impl Account {
     }
 }
 
-/// A node; `used` counts the entries that are there.
+/// A node; `used` counts the entries that are there, `total` the nodes at and below it.
 #[derive(Debug)]
 enum Node {
     Inner {
         used: usize,
+        total: usize,
         children: Box<[Option<Node>; FANOUT]>,
     },
     Leaf {
@@ -82,6 +83,12 @@ enum Node {
         entries: Box<[u64; FANOUT]>,
     },
 }
+
+/// Nodes that were taken out of a table. To free many of them takes a while, in which nobody should
+/// have to wait for the table's lock.
+#[must_use = "this is to be dropped when the table is not locked any more"]
+#[derive(Debug, Default)]
+pub struct Garbage(#[allow(dead_code, reason = "it is there to be dropped")] Vec<Node>);
 
 /// The part of a range that one entry of a node covers, and the entry's index.
 fn pieces(start: u64, end: u64, shift: u32) -> impl Iterator<Item = (usize, u64, u64)> {
@@ -108,6 +115,7 @@ impl Node {
         } else {
             Self::Inner {
                 used: 0,
+                total: 1,
                 children: Box::new([const { None }; FANOUT]),
             }
         }
@@ -119,16 +127,22 @@ impl Node {
         }
     }
 
-    /// Number of nodes at and below this one. Recursion is at most four deep.
-    fn count(&self) -> usize {
+    /// Number of nodes at and below this one.
+    fn total(&self) -> usize {
         match self {
+            Self::Inner { total, .. } => *total,
             Self::Leaf { .. } => 1,
-            Self::Inner { children, .. } => children
-                .iter()
-                .flatten()
-                .map(Node::count)
-                .fold(1, usize::saturating_add),
         }
+    }
+
+    /// Does something below this node, and counts what became of the nodes there.
+    fn counted<R>(&mut self, account: &mut Account, action: impl FnOnce(&mut Self, &mut Account) -> R) -> R {
+        let before = account.nodes;
+        let result = action(self, account);
+        if let Self::Inner { total, .. } = self {
+            *total = total.saturating_add(account.nodes).saturating_sub(before);
+        }
+        result
     }
 
     fn get(&self, va: u64, shift: u32) -> u64 {
@@ -144,7 +158,7 @@ impl Node {
 
     /// Makes every node that a valid entry in `start..end` needs.
     fn reserve(&mut self, start: u64, end: u64, shift: u32, account: &mut Account) -> Result<(), Error> {
-        let Self::Inner { used, children } = self else {
+        let Self::Inner { used, children, .. } = self else {
             return Ok(());
         };
         let below = shift.saturating_sub(INDEX_BITS);
@@ -160,7 +174,9 @@ impl Node {
                     slot.insert(Node::new(below))
                 }
             };
-            child.reserve(start, end, below, account)?;
+            child.counted(account, |child, account| {
+                child.reserve(start, end, below, account)
+            })?;
         }
         Ok(())
     }
@@ -194,7 +210,7 @@ impl Node {
     }
 
     /// Clears `start..end`.
-    fn clear(&mut self, start: u64, end: u64, shift: u32, account: &mut Account) {
+    fn clear(&mut self, start: u64, end: u64, shift: u32, account: &mut Account, garbage: &mut Garbage) {
         let below = shift.saturating_sub(INDEX_BITS);
         for (index, start, end) in pieces(start, end, shift) {
             match self {
@@ -211,11 +227,13 @@ impl Node {
                     };
                     let Some(child) = slot else { continue };
                     if end.saturating_sub(start) == 1 << shift {
-                        // The whole of it: gone without a look at what is inside, see prune.
-                        account.give_back(child.count());
-                        *slot = None;
+                        // The whole of it: gone without a look at what is inside.
+                        account.give_back(child.total());
+                        garbage.0.extend(slot.take());
                     } else {
-                        child.clear(start, end, below, account);
+                        child.counted(account, |child, account| {
+                            child.clear(start, end, below, account, garbage);
+                        });
                     }
                 }
             }
@@ -225,7 +243,7 @@ impl Node {
 
     /// Gives up the empty nodes on the way to `start..end`.
     fn prune(&mut self, start: u64, end: u64, shift: u32, account: &mut Account) {
-        let Self::Inner { used, children } = self else {
+        let Self::Inner { used, children, .. } = self else {
             return;
         };
         let below = shift.saturating_sub(INDEX_BITS);
@@ -234,7 +252,7 @@ impl Node {
                 continue;
             };
             if let Some(child) = slot {
-                child.prune(start, end, below, account);
+                child.counted(account, |child, account| child.prune(start, end, below, account));
                 if child.used() == 0 {
                     account.give_back(1);
                     *slot = None;
@@ -305,18 +323,26 @@ impl PageTable {
         }
         let mut reserved = Ok(());
         if entries.iter().any(|entry| entry & PTE_VALID != 0) {
-            reserved = self.root.reserve(va, end, TOP_SHIFT, &mut self.account);
+            reserved = self.root.counted(&mut self.account, |root, account| {
+                root.reserve(va, end, TOP_SHIFT, account)
+            });
         }
         if reserved.is_ok() {
             self.root.put(va, &mut entries.iter(), end, TOP_SHIFT);
         }
-        self.root.prune(va, end, TOP_SHIFT, &mut self.account);
+        self.root.counted(&mut self.account, |root, account| {
+            root.prune(va, end, TOP_SHIFT, account)
+        });
         reserved
     }
 
     /// Clears the pages of `va..end`, which [`check_range`] has approved of.
-    pub fn clear(&mut self, va: u64, end: u64) {
-        self.root.clear(va, end.min(VA_END), TOP_SHIFT, &mut self.account);
+    pub fn clear(&mut self, va: u64, end: u64) -> Garbage {
+        let mut garbage = Garbage::default();
+        self.root.counted(&mut self.account, |root, account| {
+            root.clear(va, end.min(VA_END), TOP_SHIFT, account, &mut garbage)
+        });
+        garbage
     }
 
     /// How many nodes there are below the topmost one.
@@ -382,7 +408,7 @@ mod tests {
             table.write(n << 33, &[ENTRY; 300]).unwrap();
         }
         assert!(table.nodes() >= 50);
-        table.clear(0, VA_END);
+        drop(table.clear(0, VA_END));
         assert_eq!(table.nodes(), 0);
         assert_eq!(budget.left(), MAX_NODES);
         table.write(0x1000, &[ENTRY]).unwrap();
@@ -446,7 +472,7 @@ mod tests {
             let pages = pages.min((VA_END - va) >> 12);
             if next(3) == 0 {
                 let end = if next(10) == 0 { VA_END } else { va + (pages << 12) };
-                table.clear(va, end);
+                drop(table.clear(va, end));
                 model.retain(|&page, _| page < va || page >= end);
             } else {
                 let entries: Vec<u64> = (0..pages)
@@ -465,10 +491,11 @@ mod tests {
             for (&page, &entry) in model.iter().take(20).chain(model.iter().rev().take(20)) {
                 assert_eq!(table.get(page), entry);
             }
+            assert_eq!(table.root.total(), table.nodes() + 1);
             let probe = va + (next(pages) << 12);
             assert_eq!(table.get(probe), model.get(&probe).copied().unwrap_or(0));
         }
-        table.clear(0, VA_END);
+        drop(table.clear(0, VA_END));
         assert_eq!(table.nodes(), 0);
     }
 }

@@ -39,6 +39,8 @@ struct Slot {
     /// Chains taken so far.
     taken: AtomicU64,
     parked: Mutex<VecDeque<(Ticket, Vec<u8>)>>,
+    /// Something was used that the driver was not told of.
+    unannounced: AtomicBool,
     /// A broken chain was seen, and was logged.
     complained: AtomicBool,
 }
@@ -56,7 +58,10 @@ fn runs(vring: &VringState<Memory>) -> bool {
     vring.is_enabled() && vring.get_queue().ready()
 }
 
-fn announce(vring: &mut VringState<Memory>) {
+fn announce(slot: &Slot, vring: &mut VringState<Memory>) {
+    if !slot.unannounced.swap(false, Ordering::Relaxed) {
+        return;
+    }
     // If the driver's wish cannot be read it is told too often rather than never.
     if vring.needs_notification().unwrap_or(true) {
         if let Err(error) = vring.signal_used_queue() {
@@ -117,7 +122,7 @@ impl Queues {
                 Ok(()) => Some(Some((ticket, position))),
                 Err(error) => {
                     self.refuse(queue, slot, vring, &ticket, &error);
-                    announce(vring);
+                    announce(slot, vring);
                     Some(None)
                 }
             }
@@ -145,10 +150,11 @@ impl Queues {
         if !slot.complained.swap(true, Ordering::Relaxed) {
             log::warn!("queue {queue}: the driver made a bad descriptor chain: {error}");
         }
-        self.put(vring, ticket.head, 0);
+        self.put(slot, vring, ticket.head, 0);
     }
 
-    fn put(&self, vring: &mut VringState<Memory>, head: u16, written: u32) {
+    fn put(&self, slot: &Slot, vring: &mut VringState<Memory>, head: u16, written: u32) {
+        slot.unannounced.store(true, Ordering::Relaxed);
         if let Err(error) = vring.add_used(head, written) {
             log::warn!("cannot return a descriptor chain: {error}");
         }
@@ -164,7 +170,7 @@ impl Queues {
         }
         if runs(&vring) {
             let written = ticket.answer(&self.memory.memory(), answer);
-            self.put(&mut vring, ticket.head, written);
+            self.put(slot, &mut vring, ticket.head, written);
         } else {
             // No more than there are engines and pending REPLAYs.
             slot.parked.lock().push_back((ticket, answer.to_vec()));
@@ -174,15 +180,11 @@ impl Queues {
     /// Uses the chains that were answered while a queue was stopped.
     pub(super) fn unpark(&self, queue: u16) {
         self.with(queue, |slot, vring| {
-            let mut any = false;
             for (ticket, answer) in slot.parked.lock().drain(..) {
                 let written = ticket.answer(&self.memory.memory(), &answer);
-                self.put(vring, ticket.head, written);
-                any = true;
+                self.put(slot, vring, ticket.head, written);
             }
-            if any {
-                announce(vring);
-            }
+            announce(slot, vring);
         });
     }
 
@@ -231,14 +233,13 @@ impl Queues {
     /// Answers a request and tells the driver.
     pub(super) fn respond(&self, queue: u16, ticket: Ticket, response: &abi::Response) {
         self.answer(queue, ticket, response.as_bytes());
-        self.with(queue, |_, vring| announce(vring));
+        self.with(queue, announce);
     }
 
     /// Fills buffers of the event queue as long as there are events and buffers.
     pub(super) fn pump_events(&self) {
         let mut bytes = Vec::new();
         self.with(QUEUE_EVENT, |slot, vring| {
-            let mut any = false;
             let mut bad = 0_usize;
             while !self.log.is_empty() {
                 let memory = self.memory.memory();
@@ -255,7 +256,6 @@ impl Queues {
                 let (ticket, result) = Ticket::take(chain, self.epoch(), &mut bytes, 0, size);
                 if let Err(error) = result {
                     self.refuse(QUEUE_EVENT, slot, vring, &ticket, &error);
-                    any = true;
                     bad = bad.saturating_add(1);
                     if bad > MAX_QUEUE_SIZE {
                         break;
@@ -269,12 +269,9 @@ impl Queues {
                 };
                 log::debug!("event: {record:?}");
                 let written = ticket.answer(&memory, record.as_bytes());
-                self.put(vring, ticket.head, written);
-                any = true;
+                self.put(slot, vring, ticket.head, written);
             }
-            if any {
-                announce(vring);
-            }
+            announce(slot, vring);
         });
     }
 
@@ -320,7 +317,7 @@ impl Host for Queues {
     }
 
     fn announce(&self, ring: u16) {
-        self.with(Self::ring(ring), |_, vring| announce(vring));
+        self.with(Self::ring(ring), announce);
     }
 
     fn replayed(&self, ticket: Ticket, through: u64) {
