@@ -10,7 +10,7 @@ use pinion_client::{Command, PinMethod, Status, Submission};
 use pinion_tests::Mapping;
 
 use crate::support::{
-    PASSED, SOON, TestResult, add, ensure, ensure_eq, errno, execute_ok, expect_failure, fork, join,
+    PASSED, SOON, TestResult, add, ensure, ensure_eq, errno, execute, execute_ok, expect_failure, fork, join,
     long_work, open, page_with, pin, raw_errno, submit, submit_on, tests, value,
 };
 
@@ -30,6 +30,7 @@ tests! {
     waiting_ends_with_a_signal
     malformed_commands_fail
     work_after_a_failure_fails
+    a_malformed_batch_changes_nothing
     statistics_count
     a_child_cannot_use_an_inherited_file
     threads_share_a_file
@@ -423,10 +424,7 @@ fn malformed_commands_fail() -> TestResult {
 fn work_after_a_failure_fails() -> TestResult {
     let gpu = open()?;
     let memory = page_with(5)?;
-    let bad = Command::from_raw(uapi::Command {
-        opcode: 99,
-        ..uapi::Command::default()
-    });
+    let bad = Command::fill::<u64>(std::ptr::without_provenance_mut(NOWHERE as usize), 1, 1);
     let works = [
         submit(&gpu, &[add(&memory, 1)])?,
         submit(&gpu, &[add(&memory, 1), bad, add(&memory, 1)])?,
@@ -438,7 +436,7 @@ fn work_after_a_failure_fails() -> TestResult {
         let failed = gpu.wait(works[1], SOON)?;
         ensure_eq!(
             (failed.status, failed.executed),
-            (Status::Unsupported, 1),
+            (Status::Fault, 1),
             "the failure"
         );
         ensure_eq!(gpu.wait(works[0], SOON)?.status, Status::Ok, "before");
@@ -447,6 +445,31 @@ fn work_after_a_failure_fails() -> TestResult {
     // It is the file that has failed, not the process.
     execute_ok(&open()?, &[add(&memory, 1)])?;
     ensure_eq!(value(&memory), 8, "the number");
+    PASSED
+}
+
+/// Nothing of it is done. What is said about the work after it must be true.
+fn a_malformed_batch_changes_nothing() -> TestResult {
+    let gpu = open()?;
+    let memory = page_with(5)?;
+    let bad = Command::from_raw(uapi::Command {
+        opcode: 99,
+        ..uapi::Command::default()
+    });
+    let completion = execute(&gpu, &[add(&memory, 1), bad, add(&memory, 1)])?;
+    ensure_eq!(
+        (completion.status, completion.executed),
+        (Status::Unsupported, 0),
+        "{completion:x?}"
+    );
+    ensure_eq!(value(&memory), 5, "the number");
+    let completion = execute(&gpu, &[add(&memory, 1)])?;
+    let expected = match completion.status {
+        Status::Ok => 6,
+        Status::ContextError => 5,
+        _ => return Err(format!("{completion:x?}").into()),
+    };
+    ensure_eq!(value(&memory), expected, "the number after {completion:x?}");
     PASSED
 }
 

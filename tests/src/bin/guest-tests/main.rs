@@ -74,12 +74,13 @@ fn run_apart(name: &str) -> std::io::Result<End> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
+    let (said_all, all_said) = mpsc::channel::<()>();
     if let Some(stderr) = child.stderr.take() {
-        // Not waited for: what a test leaves behind may have it open for long.
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 println!("# {line}");
             }
+            drop(said_all);
         });
     }
     let (sender, receiver) = mpsc::channel();
@@ -93,6 +94,8 @@ fn run_apart(name: &str) -> std::io::Result<End> {
         unsafe { libc::kill(pid as i32, libc::SIGKILL) };
         return Ok(End::Failed(format!("it was not done after {LIMIT:?}")));
     };
+    // Not for long: what a test has left behind may still have its output open.
+    let _ = all_said.recv_timeout(Duration::from_millis(500));
     let status = status?;
     Ok(match status.code() {
         Some(0) => End::Passed,

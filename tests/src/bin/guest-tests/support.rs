@@ -83,7 +83,6 @@ pub(crate) fn execute(gpu: &Gpu, commands: &[Command]) -> Result<Completion, Fai
 pub(crate) fn execute_ok(gpu: &Gpu, commands: &[Command]) -> Result<(), Failure> {
     let completion = execute(gpu, commands)?;
     ensure_eq!(completion.status, Status::Ok, "{completion:x?}");
-    ensure_eq!(completion.executed as usize, commands.len(), "executed commands");
     Ok(())
 }
 

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Boots guests and runs the guest programs in them, through `qemu-scripts/run`, as a person would.
+//!
+//! What is missing (kernels, QEMU, the module) is got or built by that script, which may take minutes the first
+//! time. Guests run one at a time: each has two processors, and so may the host.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
+const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
+
+/// A guest to run something in.
+#[derive(Clone, Copy)]
+struct Guest {
+    kernel: &'static str,
+    options: &'static [&'static str],
+}
+
+const PIN: Guest = Guest {
+    kernel: "pin",
+    options: &[],
+};
+const DEBIAN: Guest = Guest {
+    kernel: "debian",
+    options: &[],
+};
+
+impl Guest {
+    /// Runs a command in it. What it says is shown only if the test fails.
+    fn run(self, command: &[&str]) -> Ended {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let output = Command::new(script("run"))
+            .args(["--kernel", self.kernel, "--timeout", "300"])
+            .args(self.options)
+            .arg("--")
+            .args(command)
+            .stdin(Stdio::null())
+            .output()
+            .expect("qemu-scripts/run");
+        Ended {
+            output,
+            what: format!("{command:?} on kernel '{}' with {:?}", self.kernel, self.options),
+        }
+    }
+}
+
+/// A command that has ended.
+struct Ended {
+    output: Output,
+    what: String,
+}
+
+impl Ended {
+    fn status(&self) -> i32 {
+        self.output
+            .status
+            .code()
+            .unwrap_or_else(|| panic!("{}\n{}", self.output.status, self.everything()))
+    }
+
+    fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.output.stdout).into_owned()
+    }
+
+    /// All that was said, for a message.
+    fn everything(&self) -> String {
+        let stderr = String::from_utf8_lossy(&self.output.stderr);
+        format!(
+            "{}, {}\n--- output\n{}--- errors\n{stderr}",
+            self.what,
+            self.output.status,
+            self.stdout()
+        )
+    }
+
+    #[track_caller]
+    fn must_succeed(self) -> Self {
+        assert_eq!(self.status(), 0, "{}", self.everything());
+        self
+    }
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../qemu-scripts")
+        .join(name)
+}
+
+/// Results of the guest tests: how many there were, and what the failed ones have said.
+fn results(ktap: &str) -> (usize, Vec<String>) {
+    let (mut count, mut failures, mut said) = (0, Vec::new(), String::new());
+    for line in ktap.lines() {
+        if let Some(rest) = line.strip_prefix("# ") {
+            said = format!("{said}; {rest}");
+        } else if line.starts_with("ok ") {
+            count += 1;
+            said.clear();
+        } else if line.starts_with("not ok ") {
+            count += 1;
+            failures.push(format!("{line}{}", std::mem::take(&mut said)));
+        }
+    }
+    (count, failures)
+}
+
+/// All guest tests, in one guest.
+fn guest_tests(guest: Guest) {
+    let ended = guest.run(&["guest-tests"]);
+    let output = ended.stdout();
+    let (count, failures) = results(&output);
+    assert!(
+        failures.is_empty(),
+        "{} of {count} failed:\n{}\n{}",
+        failures.len(),
+        failures.join("\n"),
+        ended.everything()
+    );
+    let plan = output
+        .lines()
+        .find_map(|line| line.strip_prefix("1..")?.parse().ok());
+    assert_eq!(plan, Some(count), "{}", ended.everything());
+    ended.must_succeed();
+}
+
+/// The demonstration as a person runs it.
+fn demonstration(guest: Guest) {
+    let output = Command::new(script("demo"))
+        .args(["--kernel", guest.kernel])
+        .stdin(Stdio::null())
+        .output();
+    let ended = Ended {
+        output: output.expect("qemu-scripts/demo"),
+        what: format!("demo on '{}'", guest.kernel),
+    };
+    let ended = ended.must_succeed();
+    for row in ["unprotected", "pin"] {
+        assert!(
+            ended.stdout().lines().any(|line| line.starts_with(row)),
+            "row {row}:\n{}",
+            ended.everything()
+        );
+    }
+}
+
+/// The unprotected row loses increments, the protected one none, in ten runs of ten (in one guest).
+fn contention_ten_times(guest: Guest) {
+    let script = "for i in 0 1 2 3 4 5 6 7 8 9; do contention --json --duration 300 || exit 1; done";
+    let ended = guest.run(&["sh", "-c", script]).must_succeed();
+    let lost = |row: &str| -> Vec<u64> {
+        ended
+            .stdout()
+            .lines()
+            .filter(|line| line.contains(&format!("\"mode\":\"{row}\"")))
+            .map(|line| {
+                line.split("\"lost\":")
+                    .nth(1)
+                    .and_then(|rest| rest.split(',').next())
+                    .expect("a number")
+            })
+            .map(|number| number.parse().expect("a number"))
+            .collect()
+    };
+    let (unprotected, pin) = (lost("unprotected"), lost("pin"));
+    assert_eq!(unprotected.len(), 10, "{}", ended.everything());
+    assert!(unprotected.iter().all(|lost| *lost > 0), "{unprotected:?}");
+    assert_eq!(pin, [0; 10], "{}", ended.everything());
+}
+
+/// A command must fail, by its own judgement and not for want of a guest.
+#[track_caller]
+fn must_be_caught(guest: Guest, command: &[&str]) {
+    let ended = guest.run(command);
+    let status = ended.status();
+    assert!(status != 0, "it was not noticed:\n{}", ended.everything());
+    assert!(
+        status < FIRST_STATUS_OF_ITS_OWN,
+        "it failed for another reason:\n{}",
+        ended.everything()
+    );
+}
+
+macro_rules! on_each_kernel {
+    ($($name:ident)*) => {
+        mod pin {
+            $(#[test] fn $name() { super::$name(super::PIN); })*
+        }
+        mod debian {
+            $(#[test] fn $name() { super::$name(super::DEBIAN); })*
+        }
+    };
+}
+
+on_each_kernel! { guest_tests demonstration contention_ten_times }
+
+/// A device whose TLB forgets nothing when it is told to loses increments, and has the GPU write where it must not.
+const STALE_TLB: Guest = Guest {
+    kernel: "pin",
+    options: &["--device-option", "--inject", "--device-option", "stale-tlb"],
+};
+
+#[test]
+fn a_stale_tlb_is_caught_by_the_demonstration() {
+    must_be_caught(STALE_TLB, &["contention", "--mode", "pin"]);
+}
+
+#[test]
+fn a_stale_tlb_is_caught_by_the_guest_tests() {
+    must_be_caught(STALE_TLB, &["guest-tests", "remapping_is_followed"]);
+}
+
+#[test]
+fn the_status_of_a_command_is_passed_on() {
+    assert_eq!(PIN.run(&["sh", "-c", "exit 7"]).status(), 7);
+}
+
+#[test]
+fn results_are_read_from_ktap() {
+    let ktap = "KTAP version 1\n1..3\n# fine\nok 1 a # 5 ms\n# oh\n# no\nnot ok 2 b # 6 ms\nok 3 c # SKIP\n";
+    assert_eq!(results(ktap), (3, vec!["not ok 2 b # 6 ms; oh; no".to_owned()]));
+}
