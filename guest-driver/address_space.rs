@@ -208,8 +208,8 @@ pub(crate) struct AddressSpace {
     submitting: Mutex<KVec<u64>>,
     fences: KVec<Arc<Fence>>,
     statistics: Arc<Statistics>,
-    /// What a cancelled fault is reported as: `uapi::STATUS_*`.
-    cancelled: Atomic<i32>,
+    /// What a cancelled fault is reported as, by ring: `uapi::STATUS_*`.
+    cancelled: KVec<Atomic<i32>>,
 }
 
 struct Windows {
@@ -253,8 +253,10 @@ impl AddressSpace {
     fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32) -> Result<Arc<Self>> {
         let rings = gpu.limits().rings as usize;
         let mut fences = KVec::with_capacity(rings, GFP_KERNEL)?;
+        let mut cancelled = KVec::with_capacity(rings, GFP_KERNEL)?;
         for _ in 0..rings {
             fences.push(Fence::new()?, GFP_KERNEL)?;
+            cancelled.push(Atomic::new(uapi::STATUS_FAULT as i32), GFP_KERNEL)?;
         }
         let faults = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
         let submitted = KVec::from_elem(0, rings, GFP_KERNEL)?;
@@ -272,7 +274,7 @@ impl AddressSpace {
                 submitting <- new_mutex!(submitted, "AddressSpace::submitting"),
                 fences,
                 statistics,
-                cancelled: Atomic::new(uapi::STATUS_FAULT as i32),
+                cancelled,
             }),
             GFP_KERNEL,
         )
@@ -402,7 +404,9 @@ impl AddressSpace {
         } else {
             uapi::STATUS_FAULT
         };
-        self.cancelled.store(status as i32, Relaxed);
+        if let Some(cancelled) = self.cancelled.get(usize::from(fault.ring)) {
+            cancelled.store(status as i32, Relaxed);
+        }
         // Fails if the device is lost, which ends the work as well.
         let _ = self.gpu.cancel(self.context, fault.fault);
     }
@@ -447,8 +451,10 @@ impl AddressSpace {
             }
             Found::Device { page, writable } => {
                 let (pfn, mapped) = memory.get(page).ok_or(EAGAIN)?;
-                if mapped.context != self.context {
-                    // Another address space has it, and only one can: have it home first.
+                // Have it home first if another address space has it, for only one can; and if it may not be
+                // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
+                // (`hmm_range_fault` returns device-private pages of ours even so.)
+                if mapped.context != self.context || (wanted == Wanted::Write && !writable) {
                     read_page(&window, &sequence, &mm, va, wanted, None)?;
                     return Err(EAGAIN);
                 }
@@ -582,11 +588,16 @@ impl AddressSpace {
             Err(error) if error == EFAULT => return Ok((uapi::PAGE_CPU, 0, None)),
             other => other?,
         };
+        let mut wanted = Wanted::Nothing;
         for _ in 0..ATTEMPTS {
             let sequence = window.begin();
             let memory = self.gpu.memory();
-            let found = match read_page(&window, &sequence, &mm, va, Wanted::Nothing, Some(memory.owner())) {
+            let found = match read_page(&window, &sequence, &mm, va, wanted, Some(memory.owner())) {
                 Err(error) if error == EAGAIN => continue,
+                Err(_) if wanted == Wanted::Read => {
+                    wanted = Wanted::Nothing;
+                    continue;
+                }
                 other => other?,
             };
             let Ok(guard) = window.commit(sequence) else {
@@ -598,7 +609,13 @@ impl AddressSpace {
                     Some((pfn, _)) => (uapi::PAGE_PINNED, rights, Some(pfn)),
                     None => (uapi::PAGE_CPU, rights, None),
                 },
-                _ if rights != 0 => (uapi::PAGE_MIRRORED, rights, None),
+                Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, rights, None),
+                Found::Nothing if rights != 0 => {
+                    // On its way: the GPU has it already, or still, and a migration is not finished yet. To ask
+                    // for read access is how to wait for that; it brings in nothing, as there is a page.
+                    wanted = Wanted::Read;
+                    continue;
+                }
                 _ => (uapi::PAGE_CPU, 0, None),
             });
         }
@@ -660,7 +677,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// EINVAL: there is no such submission. ETIMEDOUT, EINTR.
+    /// EINVAL: there is no such submission. ESTALE: it is not known any more. ETIMEDOUT, EINTR.
     pub(crate) fn wait(&self, ring: u32, sequence: u64, timeout: u64) -> Result<crate::fence::End> {
         let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
         let submitted = self.submitting.lock().get(ring as usize).copied().unwrap_or(0);
@@ -673,10 +690,12 @@ impl AddressSpace {
             match fence.wait(sequence, slice as Msecs) {
                 Waited::Ended(mut end) => {
                     if end.status == abi::STATUS_FAULT_CANCELLED {
-                        end.status = self.cancelled.load(Relaxed) as u32;
+                        let status = self.cancelled.get(ring as usize);
+                        end.status = status.map_or(uapi::STATUS_FAULT, |status| status.load(Relaxed) as u32);
                     }
                     return Ok(end);
                 }
+                Waited::Forgotten => return Err(ESTALE),
                 Waited::Interrupted => return Err(EINTR),
                 Waited::TimedOut => {
                     remaining -= slice;

@@ -36,11 +36,37 @@ impl End {
     }
 }
 
-#[derive(Default)]
+/// How many failures are remembered.
+const FAILURES: usize = 64;
+
 struct State {
     completed: u64,
-    /// The first submission that failed. All after it fail because of it: only that they did is remembered.
-    failed: Option<(u64, End)>,
+    /// The latest submissions that failed; a ring buffer.
+    failures: [(u64, End); FAILURES],
+    /// How many have failed in all.
+    failed: usize,
+    /// The latest failure that is not remembered any more.
+    forgotten: u64,
+}
+
+impl State {
+    fn fail(&mut self, sequence: u64, end: End) {
+        let entry = &mut self.failures[self.failed % FAILURES];
+        if self.failed >= FAILURES {
+            self.forgotten = entry.0;
+        }
+        *entry = (sequence, end);
+        self.failed += 1;
+    }
+
+    fn end(&self, sequence: u64) -> Option<End> {
+        let known = &self.failures[..self.failed.min(FAILURES)];
+        match known.iter().find(|(failed, _)| *failed == sequence) {
+            Some((_, end)) => Some(*end),
+            None if sequence > self.forgotten => Some(End::new(abi::STATUS_OK)),
+            None => None,
+        }
+    }
 }
 
 /// A timeline of submissions, numbered from 1.
@@ -56,6 +82,8 @@ pub(crate) struct Fence {
 pub(crate) enum Waited {
     /// The submission has ended.
     Ended(End),
+    /// It has ended so long ago that how is not known any more.
+    Forgotten,
     /// The time is over.
     TimedOut,
     /// A signal has come.
@@ -65,9 +93,15 @@ pub(crate) enum Waited {
 impl Fence {
     /// A fence that nothing has reached.
     pub(crate) fn new() -> Result<Arc<Self>> {
+        let state = State {
+            completed: 0,
+            failures: [(0, End::new(abi::STATUS_OK)); FAILURES],
+            failed: 0,
+            forgotten: 0,
+        };
         Arc::pin_init(
             pin_init!(Self {
-                state <- new_spinlock_irq!(State::default()),
+                state <- new_spinlock_irq!(state),
                 changed <- new_condvar!("Fence::changed"),
             }),
             GFP_KERNEL,
@@ -80,11 +114,7 @@ impl Fence {
         let mut remaining = msecs_to_jiffies(timeout);
         loop {
             if state.completed >= sequence {
-                return Waited::Ended(match state.failed {
-                    Some((failed, end)) if failed == sequence => end,
-                    Some((failed, _)) if failed < sequence => End::new(abi::STATUS_CONTEXT_ERROR),
-                    _ => End::new(abi::STATUS_OK),
-                });
+                return state.end(sequence).map_or(Waited::Forgotten, Waited::Ended);
             }
             if remaining == 0 {
                 return Waited::TimedOut;
@@ -112,8 +142,8 @@ impl Answered for Fence {
         };
         let mut state = self.state.lock();
         state.completed = state.completed.max(sequence);
-        if end.status != abi::STATUS_OK && state.failed.is_none() {
-            state.failed = Some((sequence, end));
+        if end.status != abi::STATUS_OK {
+            state.fail(sequence, end);
         }
         drop(state);
         self.changed.notify_all();

@@ -88,7 +88,11 @@ impl Residency {
             }
             fsleep(PAUSE);
         }
-        dev_warn!(gpu.device(), "context {}: not all pinned pages came home\n", context);
+        dev_warn!(
+            gpu.device(),
+            "context {}: not all pinned pages came home\n",
+            context
+        );
     }
 
     /// Brings home every pinned page. The device does not access memory any more, and nothing is being pinned.
@@ -119,9 +123,7 @@ impl Residency {
                 return;
             };
             // Only now can it not become another address space's page.
-            if memory
-                .get(page)
-                .is_some_and(|(_, mapped)| select(&mapped))
+            if memory.get(page).is_some_and(|(_, mapped)| select(&mapped))
                 && Self::bring_home(memory, page, unmapped).is_err()
             {
                 left += 1;

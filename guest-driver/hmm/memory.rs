@@ -129,6 +129,7 @@ struct Entry<T> {
 struct Table<T> {
     entries: KVVec<Entry<T>>,
     first_free: u32,
+    used: usize,
 }
 
 /// End of the chain.
@@ -185,6 +186,7 @@ impl<H: Handler> PrivateMemory<H> {
         let table = Table {
             entries,
             first_free: 0,
+            used: 0,
         };
         // SAFETY: The name is a static string.
         let resource = unsafe { c::pinion_request_free_mem_region(size, name.as_char_ptr()) };
@@ -250,6 +252,7 @@ impl<H: Handler> PrivateMemory<H> {
             let index = table.first_free;
             let entry = table.entries.get(index as usize).ok_or(ENOSPC)?;
             table.first_free = entry.next_free;
+            table.used += 1;
             index as usize
         };
         // SAFETY: `first + index` is one of our device-private pages, by the type invariant, and free. The
@@ -296,17 +299,31 @@ impl<H: Handler> PrivateMemory<H> {
 
     /// Calls `each` for the pages that stand in for another and whose data `select`s.
     pub(crate) fn for_each(&self, select: impl Fn(&H::PageData) -> bool, mut each: impl FnMut(DevicePage)) {
-        for index in 0..self.count {
-            let selected = {
-                let table = self.table.lock();
-                let entry = &table.entries[index];
-                entry.pinned.is_some() && select(&entry.data)
-            };
-            if selected {
-                // SAFETY: One of our pages, by the type invariant.
-                each(DevicePage(unsafe { Pfn::new(self.first + index) }));
-            }
+        let mut next = 0;
+        while let Some(index) = self.next_selected(next, &select) {
+            // SAFETY: One of our pages, by the type invariant.
+            each(DevicePage(unsafe { Pfn::new(self.first + index) }));
+            next = index + 1;
         }
+    }
+
+    /// The first page from `index` on that stands in for another and whose data `select`s.
+    fn next_selected(&self, mut index: usize, select: impl Fn(&H::PageData) -> bool) -> Option<usize> {
+        /// Entries that are looked at with interrupts disabled.
+        const STEP: usize = 512;
+        while index < self.count {
+            let table = self.table.lock();
+            if table.used == 0 {
+                return None;
+            }
+            let end = self.count.min(index + STEP);
+            let selected = |entry: &Entry<_>| entry.pinned.is_some() && select(&entry.data);
+            if let Some(found) = table.entries[index..end].iter().position(selected) {
+                return Some(index + found);
+            }
+            index = end;
+        }
+        None
     }
 
     /// # Safety
@@ -339,6 +356,7 @@ impl<H: Handler> PrivateMemory<H> {
         entry.data = H::PageData::default();
         let pinned = entry.pinned.take();
         table.first_free = index as u32;
+        table.used -= 1;
         drop(table);
         drop(pinned);
     }

@@ -81,7 +81,10 @@ struct pinion_submit {
 	__u64 sequence;		/* out: this submission's number in the file's order on that ring, from 1 */
 };
 
-/* Waits until a submission, and so all before it on that ring, has ended. */
+/*
+ * Waits until a submission, and so all before it on that ring, has ended. How it ended is known until 64 later
+ * ones have failed (ESTALE from then on).
+ */
 struct pinion_wait {
 	__u32 size;
 	__u32 flags;		/* 0 */
