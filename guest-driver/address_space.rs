@@ -463,13 +463,14 @@ impl AddressSpace {
                     rights |= abi::PTE_WRITE | abi::PTE_ATOMIC;
                 }
                 let mut guard = window.commit(sequence).map_err(|_| EAGAIN)?;
-                memory.set_data(
-                    page,
-                    Mapped {
-                        context: self.context,
-                        va,
-                    },
-                );
+                // Another migration home, of which this window knows nothing, may have come first.
+                let mine = Mapped {
+                    context: self.context,
+                    va,
+                };
+                if !memory.update(page, pfn, |mapped| mapped.context == self.context, mine) {
+                    return Err(EAGAIN);
+                }
                 guard.map(va, pfn, rights, fault.fault)
             }
         }

@@ -53,17 +53,15 @@ impl Residency {
         page: DevicePage,
         unmapped: Unmapped<'_>,
     ) -> Result<(), Busy> {
-        let Some((_, mapped)) = memory.get(page) else {
+        // First taken, then revoked: whoever is about to map the page elsewhere (after mremap) either has said
+        // so already, and is found here, or finds that it is gone. The page is locked, so nobody else takes it.
+        let Some((pinned, mapped)) = memory.take(page) else {
             return Err(Busy);
         };
         let space = memory.handler().contexts.get(mapped.context);
         if let Some(space) = &space {
             space.revoke(mapped.va);
         }
-        // The page is locked: nobody else takes it.
-        let Some(pinned) = memory.take(page) else {
-            return Err(Busy);
-        };
         match unmapped.migrate(Destination::Unpin(pinned)).finish_unpin() {
             Ok(()) => {
                 if let Some(space) = &space {

@@ -284,17 +284,36 @@ impl<H: Handler> PrivateMemory<H> {
         Some((entry.pinned.as_ref()?.pfn(), entry.data))
     }
 
-    /// Changes the driver's data of `page`.
-    pub(crate) fn set_data(&self, page: DevicePage, data: H::PageData) {
-        if let Some(index) = self.index(page) {
-            self.table.lock().entries[index].data = data;
+    /// Replaces the driver's data of `page`, if it still stands in for `pinned` and its data is still right in
+    /// the eyes of `check`. Says whether it has.
+    ///
+    /// Together with [`Self::take`] this decides who comes first: a page can be mapped somewhere else, or be
+    /// given back from where it is mapped, but not both.
+    pub(crate) fn update(
+        &self,
+        page: DevicePage,
+        pinned: Pfn,
+        check: impl FnOnce(&H::PageData) -> bool,
+        data: H::PageData,
+    ) -> bool {
+        let Some(index) = self.index(page) else {
+            return false;
+        };
+        let mut table = self.table.lock();
+        let entry = &mut table.entries[index];
+        let same = entry.pinned.as_ref().is_some_and(|entry| entry.pfn() == pinned) && check(&entry.data);
+        if same {
+            entry.data = data;
         }
+        same
     }
 
-    /// Takes the page that `page` stands in for, in order to give it back.
-    pub(crate) fn take(&self, page: DevicePage) -> Option<PinnedPage> {
+    /// Takes the page that `page` stands in for, in order to give it back, and the driver's data.
+    pub(crate) fn take(&self, page: DevicePage) -> Option<(PinnedPage, H::PageData)> {
         let index = self.index(page)?;
-        self.table.lock().entries[index].pinned.take()
+        let mut table = self.table.lock();
+        let entry = &mut table.entries[index];
+        Some((entry.pinned.take()?, entry.data))
     }
 
     /// Calls `each` for the pages that stand in for another and whose data `select`s.
