@@ -5,9 +5,12 @@
 //! What is missing (kernels, QEMU, the module) is got or built by that script, which may take minutes the first
 //! time. Guests run one at a time: each has two processors, and so may the host.
 
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
@@ -31,16 +34,46 @@ const DEBIAN: Guest = Guest {
 impl Guest {
     /// Runs a command in it. What it says is shown only if the test fails.
     fn run(self, command: &[&str]) -> Ended {
+        self.run_and(command, |_| ())
+    }
+
+    /// The same. When the command has said a line "ready", `act` is called with the process number of
+    /// `qemu-scripts/run`.
+    fn run_and(self, command: &[&str], mut act: impl FnMut(u32)) -> Ended {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let output = Command::new(script("run"))
+        let mut child = Command::new(script("run"))
             .args(["--kernel", self.kernel, "--timeout", "300"])
             .args(self.options)
             .arg("--")
             .args(command)
             .stdin(Stdio::null())
-            .output()
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
             .expect("qemu-scripts/run");
+        let mut pipe = child.stderr.take().expect("a pipe");
+        let errors = thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        let mut stdout = Vec::new();
+        let mut pipe = BufReader::new(child.stdout.take().expect("a pipe"));
+        loop {
+            let start = stdout.len();
+            if pipe.read_until(b'\n', &mut stdout).expect("output") == 0 {
+                break;
+            }
+            if stdout[start..].starts_with(b"ready") {
+                act(child.id());
+            }
+        }
+        let stderr = errors.join().expect("no panic").expect("errors");
+        let output = Output {
+            status: child.wait().expect("its status"),
+            stdout,
+            stderr,
+        };
         Ended {
             output,
             what: format!("{command:?} on kernel '{}' with {:?}", self.kernel, self.options),
@@ -183,6 +216,33 @@ fn must_be_caught(guest: Guest, command: &[&str]) {
     );
 }
 
+/// The daemons that a `qemu-scripts/run` has started.
+fn devices_of(run: u32) -> Vec<i32> {
+    let children = fs::read_to_string(format!("/proc/{run}/task/{run}/children")).unwrap_or_default();
+    let is_device = |pid: &&str| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "pinion-device")
+    };
+    children
+        .split_whitespace()
+        .filter(is_device)
+        .map(|pid| pid.parse().expect("a number"))
+        .collect()
+}
+
+/// A device that does not answer any more leaves nobody stuck, and takes no data with it.
+fn device_loss(guest: Guest) {
+    let mut stopped = 0;
+    let ended = guest.run_and(&["device-loss"], |run| {
+        for device in devices_of(run) {
+            // SAFETY: It is a child of our child, which is waiting for it, so that the number is its own.
+            stopped += i32::from(unsafe { libc::kill(device, libc::SIGSTOP) } == 0);
+        }
+    });
+    assert_eq!(stopped, 1, "one daemon was stopped\n{}", ended.everything());
+    // That includes the module's unloading, and that the kernel has nothing to complain of.
+    ended.must_succeed();
+}
+
 macro_rules! on_each_kernel {
     ($($name:ident)*) => {
         mod pin {
@@ -194,7 +254,7 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests demonstration contention_ten_times }
+on_each_kernel! { guest_tests demonstration contention_ten_times device_loss }
 
 /// A device whose TLB forgets nothing when it is told to loses increments, and has the GPU write where it must not.
 const STALE_TLB: Guest = Guest {

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a process goes through whose GPU stops answering. The harness stops it when this says "ready".
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pinion_client::{Command, Gpu, PageState, Status};
+use pinion_tests::{DEVICE, Failure, Mapping};
+
+/// Longest time that anything may take when there is no device.
+const BOUND: Duration = Duration::from_secs(30);
+
+fn run() -> Result<(), Failure> {
+    let gpu = Gpu::open(DEVICE)?;
+    let (pinned, busy) = (Mapping::anonymous(16)?, Mapping::anonymous(1)?);
+    for page in 0..pinned.pages() {
+        pinned.atomic(page * 4096).store(page as u64, Ordering::Relaxed);
+    }
+    let command = Command::atomic_add(pinned.as_ptr().cast::<u64>(), 100)
+        .repeat(16)
+        .stride(4096);
+    // SAFETY: The mapping is accessed through atomics, and is there until the end.
+    let work = unsafe { gpu.submit(0, &[command]) }?;
+    if !gpu.wait(work, BOUND)?.is_ok() {
+        return Err("the GPU has not done what it should do before it is stopped".into());
+    }
+    let command = Command::atomic_add(busy.as_ptr().cast::<u64>(), 1).repeat(u32::MAX);
+    // SAFETY: As above.
+    let work = unsafe { gpu.submit(0, &[command]) }?;
+    if gpu
+        .query(pinned.as_ptr(), pinned.len())?
+        .iter()
+        .any(|page| page.state != PageState::Pinned)
+    {
+        return Err("the pages are not pinned".into());
+    }
+
+    println!("ready");
+    std::io::stdout().flush()?;
+    // There is no telling when the device is stopped, only that it is soon.
+    std::thread::sleep(Duration::from_secs(2));
+
+    let started = Instant::now();
+    let completion = gpu.wait(work, BOUND * 2)?;
+    println!("the wait ended after {:?}: {completion:?}", started.elapsed());
+    if completion.status != Status::DeviceLost || started.elapsed() > BOUND {
+        return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
+    }
+
+    let started = Instant::now();
+    for page in 0..pinned.pages() {
+        let found = pinned.atomic(page * 4096).load(Ordering::Relaxed);
+        if found != page as u64 + 100 {
+            return Err(format!("page {page} held {found} when it came home").into());
+        }
+    }
+    println!("the pinned pages came home after {:?}", started.elapsed());
+    if started.elapsed() > BOUND {
+        return Err(format!("the pinned pages came home only after {:?}", started.elapsed()).into());
+    }
+
+    // SAFETY: The command does nothing.
+    match unsafe { gpu.submit(0, &[Command::nop()]) } {
+        Err(error) if error.errno() == Some(libc::ENODEV) => {}
+        other => return Err(format!("work for a device that is lost: {other:?}").into()),
+    }
+    let started = Instant::now();
+    drop(gpu);
+    println!("closed after {:?}", started.elapsed());
+    match Gpu::open(DEVICE) {
+        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
+        other => Err(format!("a device that is lost, opened: {other:?}").into()),
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("device-loss: FAILED: {}", pinion_tests::chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
