@@ -21,6 +21,8 @@ use super::vram::Vram;
 
 /// Most atomic operations in one chunk.
 const OPERATIONS_PER_CHUNK: u32 = 64;
+/// Length of [`bus`], in steps of one or two nanoseconds.
+const BUS_STEPS: u32 = 24;
 /// Most pieces of a COPY or FILL, each within a page, in one chunk.
 const PIECES_PER_CHUNK: u32 = 4;
 const PAGE: usize = PAGE_SIZE as usize;
@@ -336,6 +338,7 @@ impl Page<'_> {
                     // A load and a store, and whatever the CPUs do in between is lost: the bus has no
                     // atomics. This is what exclusive access is for.
                     let old = place.load(Ordering::Relaxed);
+                    bus();
                     place.store(apply(old), Ordering::Relaxed);
                     Some(old.into())
                 }
@@ -349,12 +352,27 @@ impl Page<'_> {
                         .ok()
                 } else {
                     let old = place.load(Ordering::Relaxed);
+                    bus();
                     place.store(apply(old), Ordering::Relaxed);
                     Some(old)
                 }
             }
         }
     }
+}
+
+/// The way of a number over the bus and back.
+///
+/// On a real bus it takes about a microsecond from the load until the store. Without any time between
+/// the two a processor hardly ever gets in between, and a driver that forgets to ask for exclusive access
+/// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
+/// upon which a hypervisor may take the processor away.
+fn bus() {
+    let mut number = 1_u64;
+    for _ in 0..BUS_STEPS {
+        number = std::hint::black_box(number).rotate_left(1);
+    }
+    std::hint::black_box(number);
 }
 
 fn store(bytes: &VolatileSlice<'_>, offset: usize, width: Width, value: u64) -> Option<()> {
