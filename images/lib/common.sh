@@ -81,8 +81,17 @@ need_space() {
 # --- The cache -----------------------------------------------------------------------------------------------------
 
 init_cache() {
+    [[ -z ${CACHE_READY:-} ]] || return 0
+    local new=''
+    [[ -e $CACHE ]] || new=yes
     mkdir -p "$CACHE/locks" "$CACHE/logs" 2>/dev/null || die "cannot create the cache directory $CACHE (PINION_CACHE=DIR puts it elsewhere)"
     [[ -w $CACHE/locks ]] || die "the cache directory $CACHE is not writable (PINION_CACHE=DIR puts it elsewhere)"
+    # When root fills a user's cache, everything in it is to be the user's.
+    if [[ $(id -u) == 0 ]]; then
+        [[ -z $new || -z ${SUDO_UID:-} ]] || chown "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$CACHE"
+        [[ $(stat -c %u "$CACHE") == 0 ]] || on_exit 'find "$CACHE" -maxdepth 2 -user root -exec chown -h --reference="$CACHE" {} +'
+    fi
+    CACHE_READY=yes
 }
 
 # with_lock NAME CMD…: runs CMD while no other run of ours holds the lock NAME.
@@ -143,8 +152,8 @@ build_entry() {
         kill -KILL -- "-$pid" 2>/dev/null || true
         remove_tree "$new"
         explain_failure "$text" "$log" "$status"
+        return 0 # which only happens with MAY_FAIL
     fi
-    # When root fills a user's cache, the entries are to be the user's.
     [[ $(id -u) != 0 || $(stat -c %u "$CACHE") == 0 ]] || chown -R --reference="$CACHE" "$new"
     # Somebody else's doing, past the lock: theirs is as good.
     if [[ -e $ENTRY ]]; then remove_tree "$new"; else mv -T "$new" "$ENTRY"; fi
@@ -156,20 +165,26 @@ abandon_build() {
     remove_tree "$2"
 }
 
+# explain_failure TEXT LOG STATUS: says why, and exits, unless MAY_FAIL is set.
 explain_failure() {
-    local text=$1 log=$2 status=$3
-    if grep -q -e 'No space left on device' -e 'Disk quota exceeded' "$log"; then
-        die "the disk is full: '$text' ran out of space in $CACHE; nothing of it was kept (log: $log)"
+    local text=$1 log=$2 status=$3 reason
+    if reason=$(grep '^reason: ' "$log"); then # what a builder has to say itself
+        say "failed: $text: ${reason#reason: } (log: $log)"
+    elif grep -q -e 'No space left on device' -e 'Disk quota exceeded' "$log"; then
+        say "the disk is full: '$text' ran out of space in $CACHE; nothing of it was kept (log: $log)"
+    else
+        say "failed: $text (status $status). The end of $log:"
+        if grep -q -E "$COMPILER_ERROR" "$log"; then
+            # What a compiler has to say first, with its context, and not only the trail of make.
+            grep -m 12 -A 12 -E "$COMPILER_ERROR" "$log" | sed 's#/pinion/repo/##g' | head -n 120 >&2 || true
+            echo '…' >&2
+        fi
+        tail -n 15 "$log" | sed 's#/pinion/repo/##g' >&2
     fi
-    say "failed: $text (status $status). The end of $log:"
-    if grep -q -E '(^|[^a-z_])error(\[E[0-9]+\])?:|\*\*\* ' "$log"; then
-        # What a compiler has to say first, with its context, and not only the trail of make.
-        grep -n -m 12 -A 12 -E '(^|[^a-z_])error(\[E[0-9]+\])?:' "$log" | cut -d: -f2- | sed "s#/pinion/repo/##g" | head -120 >&2 || true
-        echo '…' >&2
-    fi
-    tail -n 15 "$log" | sed "s#/pinion/repo/##g" >&2
-    exit "$DIE_STATUS"
+    [[ -n ${MAY_FAIL:-} ]] || exit "$DIE_STATUS"
 }
+
+readonly COMPILER_ERROR='(^|[^a-z_])error(\[E[0-9]+\])?:'
 
 # remove_tree PATH…: also removes directories without write permission.
 remove_tree() {

@@ -31,10 +31,8 @@ ensure_kernel() {
     if [[ -n ${KERNEL_SRC:-} && $KERNEL_ORIGIN == source ]]; then
         ensure_own_kernel "$name"
     elif [[ $KERNEL_ORIGIN == source ]]; then
-        ensure_source source
         ensure_built_kernel "$name"
     else
-        ensure_source debian-source
         ensure_debian_kernel "$name"
     fi
     KERNEL=$ENTRY
@@ -85,9 +83,11 @@ kernel_inputs() {
 patches() { find "$KERNEL_DIR/patches" -name '*.patch' 2>/dev/null | LC_ALL=C sort; }
 
 ensure_built_kernel() {
-    local name=$1
-    cache_entry "kernel-$name" "$( (basename "$SOURCE" "$TOOLCHAIN"; basename "$TOOLCHAIN"; kernel_inputs) | hash)" 1800 \
-        "building kernel '$name' (the longest step: 5 to 10 minutes on two cores)" make_kernel "$SOURCE"
+    local name=$1 key
+    key=$( (package_key source; basename "$TOOLCHAIN"; kernel_inputs) | hash)
+    [[ -e $CACHE/kernel-$name/$key ]] || ensure_source source
+    cache_entry "kernel-$name" "$key" 1800 \
+        "building kernel '$name' (the longest step: 5 to 10 minutes on two cores)" make_kernel "${SOURCE:-}"
 }
 
 make_kernel() {
@@ -143,7 +143,7 @@ configure_kernel() {
         # A later fragment may overrule an earlier one.
     done < <(awk -F'[= ]' '/^CONFIG_/ { last[$1] = $0 } /^# CONFIG_.* is not set/ { last[$2] = $0 } END { for (o in last) print last[o] }' "$build/fragment")
     if [[ -n $wrong ]]; then
-        echo "error: the kernel configuration did not come out as asked for:$wrong"
+        echo "reason: the kernel configuration did not come out as asked for:$wrong"
         return 1
     fi
 }
@@ -205,9 +205,11 @@ build_own_kernel() {
 # --- As Debian built it --------------------------------------------------------------------------------------------
 
 ensure_debian_kernel() {
-    local name=$1
-    cache_entry "kernel-$name" "$( (package_key debian; basename "$SOURCE"; basename "$TOOLCHAIN"; declare -f make_debian_kernel debian_make) | hash)" 1800 \
-        "preparing Debian's kernel $(<"$RESOLVED/debian.release")" make_debian_kernel "$SOURCE" "$RESOLVED/debian.uris" "$(<"$RESOLVED/debian.release")"
+    local name=$1 key
+    key=$( (package_key debian; package_key debian-source; basename "$TOOLCHAIN"; declare -f make_debian_kernel debian_make) | hash)
+    [[ -e $CACHE/kernel-$name/$key ]] || ensure_source debian-source
+    cache_entry "kernel-$name" "$key" 1800 \
+        "preparing Debian's kernel $(<"$RESOLVED/debian.release")" make_debian_kernel "${SOURCE:-}" "$RESOLVED/debian.uris" "$(<"$RESOLVED/debian.release")"
 }
 
 # The kernel itself is Debian's. Its header packages lack the metadata of the kernel crate, which a module in Rust needs, so
@@ -225,7 +227,7 @@ make_debian_kernel() {
     debian_make "$new" "$release" olddefconfig
     # One option off, and struct module has another size.
     if ! diff <(grep '^CONFIG' "$headers/.config") <(grep '^CONFIG' "$new/build/.config"); then
-        echo "error: the toolchain changes Debian's configuration (see above), a module would not load"
+        echo "reason: the toolchain changes Debian's configuration, a module would not load"
         return 1
     fi
     debian_make "$new" "$release" -j"$(nproc)" modules_prepare

@@ -36,7 +36,7 @@ mirrors() {
 write_apt_config() {
     local dir=$1 mirror=$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg suite
     [[ -r $keyring ]] || {
-        echo "The keys of Debian's archive are missing ($keyring). Install them: apt-get install debian-archive-keyring" >&3
+        echo "reason: the keys of Debian's archive are missing ($keyring); install them: apt-get install debian-archive-keyring"
         return 1
     }
     mkdir -p "$dir"/{state/lists/partial,cache/archives/partial}
@@ -98,27 +98,16 @@ resolve_locked() {
     fi
     # The key is made from the time, as the content is not known before.
     key=$(date +%s.%N | hash)
-    local log=$CACHE/logs/resolved-$key.log failed=''
-    # Not in a condition, where `set -e` would not hold for anything inside.
-    (
-        set -e
-        CLEANUP=()
-        install_traps
-        ENTRY=$CACHE/resolved/$key
-        DIE_STATUS=99 build_entry resolved "$key" 200 "asking the package mirror for versions" resolve_into
-    ) &
-    wait $! || failed=$?
-    if [[ -n $failed ]]; then
-        ((failed == 99)) || exit "$failed"
-        [[ -n $was ]] || exit "$STATUS_SETUP"
-        say "the mirror could not be asked; going on with the versions found before (of $(date -r "$link" +%F))"
+    ENTRY=$CACHE/resolved/$key MAY_FAIL=$was build_entry resolved "$key" 200 "asking the package mirror for versions" resolve_into
+    rm -f "$CACHE/logs/resolved-$key.log"
+    if [[ ! -e $CACHE/resolved/$key ]]; then
+        say "going on with the versions found before, on $(date -r "$link" +%F)"
         RESOLVED=$(readlink -f "$link")
         return
     fi
     ln -s "$key" "$CACHE/resolved/.link.$$"
     mv -T "$CACHE/resolved/.link.$$" "$link"
     [[ -z $was || $was == "$key" ]] || remove_tree "$CACHE/resolved/$was"
-    rm -f "$log"
     RESOLVED=$CACHE/resolved/$key
     sed "s/^/$PROGRAM:   using /" "$RESOLVED/versions" >&2
 }
@@ -135,7 +124,7 @@ resolve_into() {
         fi
     done
     if [[ -z $found ]]; then
-        echo "No mirror of the system's apt sources could be reached that has $SUITE and $SUITE_NEW (PINION_MIRROR=URI names another one)." >&2
+        echo "reason: none of the system's apt sources could be reached and has $SUITE and $SUITE_NEW (PINION_MIRROR=URI names a mirror)"
         return 1
     fi
     resolve_sets "$new"
@@ -171,7 +160,7 @@ resolve_sets() {
         fi
     done
     for set in toolchain qemu source previous debian debian-source; do
-        test -s "$new/$set.uris" || { echo "error: the mirror has no packages for '$set'"; return 1; }
+        test -s "$new/$set.uris" || { echo "reason: the mirror has no packages for '$set'"; return 1; }
     done
     {
         awk '{ print $2 }' "$new/source.uris"
@@ -225,7 +214,7 @@ download_packages() {
     echo "downloading $((${#wanted[@]} / 3)) packages, $((mib / 1024)) MiB"
     write_apt_config "$pool/apt" "http://unused.invalid"
     if ! apt_private "$pool/apt" /usr/lib/apt/apt-helper download-file "${wanted[@]}"; then
-        echo "The download was interrupted or the mirror no longer has these versions. Run again to go on; 'images/setup --update' looks for newer ones." >&2
+        echo "reason: a download failed; run again to go on where it was, or 'images/setup --update' if the mirror no longer has these versions"
         return 1
     fi
 }
