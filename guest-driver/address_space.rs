@@ -17,8 +17,7 @@ use crate::{
     fence::{Fence, Waited},
     gpu::Gpu,
     hmm::{
-        memory::DevicePage,
-        migrate::{self, Destination},
+        migrate,
         notifier::{Event, IntervalNotifier, Mirror, Owner, Sequence},
         page::Pfn,
         range::{read_page, Found, Wanted},
@@ -37,7 +36,7 @@ use kernel::{
     rbtree::{RBTree, RBTreeNode},
     sync::{
         aref::ARef,
-        atomic::{Atomic, Relaxed},
+        atomic::{Acquire, Atomic, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
     time::{delay::fsleep, Delta, Msecs},
@@ -81,7 +80,8 @@ pub(crate) struct Statistics {
 }
 
 impl Statistics {
-    fn new() -> Self {
+    /// All zero.
+    pub(crate) fn new() -> Self {
         Self {
             faults: Atomic::new(0),
             pins: Atomic::new(0),
@@ -200,9 +200,13 @@ pub(crate) struct AddressSpace {
     faults: SpinLock<KVec<abi::EventRecord>>,
     #[pin]
     work: Work<Self>,
-    /// Whether the address space is closed; held while faults are handled.
+    /// No faults are to be handled any more.
+    closing: Atomic<bool>,
+    /// Held while a fault is handled.
     #[pin]
-    handling: Mutex<bool>,
+    handling: Mutex<()>,
+    /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
+    doomed: Atomic<i32>,
     /// Number of the last submission, by ring.
     #[pin]
     submitting: Mutex<KVec<u64>>,
@@ -225,11 +229,11 @@ impl WorkItem for AddressSpace {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        let closed = this.handling.lock();
-        if *closed {
-            return;
-        }
         while let Some(fault) = this.next_fault() {
+            let _handling = this.handling.lock();
+            if this.is_closing() {
+                return;
+            }
             this.handle(&fault);
         }
     }
@@ -237,9 +241,9 @@ impl WorkItem for AddressSpace {
 
 impl AddressSpace {
     /// Opens an address space on `gpu` for the process with `mm`.
-    pub(crate) fn open(gpu: &Arc<Gpu>, mm: &Mm) -> Result<Arc<Self>> {
+    pub(crate) fn open(gpu: &Arc<Gpu>, mm: &Mm, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
         let context = gpu.create_context()?;
-        let this = Self::new(gpu, mm, context);
+        let this = Self::new(gpu, mm, context, statistics);
         match &this {
             Ok(space) => gpu.publish(context, space.clone()),
             Err(_) => {
@@ -250,7 +254,7 @@ impl AddressSpace {
         this
     }
 
-    fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32) -> Result<Arc<Self>> {
+    fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
         let rings = gpu.limits().rings as usize;
         let mut fences = KVec::with_capacity(rings, GFP_KERNEL)?;
         let mut cancelled = KVec::with_capacity(rings, GFP_KERNEL)?;
@@ -260,7 +264,6 @@ impl AddressSpace {
         }
         let faults = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
         let submitted = KVec::from_elem(0, rings, GFP_KERNEL)?;
-        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 gpu: gpu.clone(),
@@ -270,7 +273,9 @@ impl AddressSpace {
                 advice <- new_mutex!(KVec::new(), "AddressSpace::advice"),
                 faults <- new_spinlock!(faults, "AddressSpace::faults"),
                 work <- new_work!("AddressSpace::work"),
-                handling <- new_mutex!(false, "AddressSpace::handling"),
+                closing: Atomic::new(false),
+                handling <- new_mutex!((), "AddressSpace::handling"),
+                doomed: Atomic::new(0),
                 submitting <- new_mutex!(submitted, "AddressSpace::submitting"),
                 fences,
                 statistics,
@@ -282,27 +287,23 @@ impl AddressSpace {
 
     /// Closes it: the GPU forgets it, and its pinned pages go home.
     pub(crate) fn close(&self) {
-        *self.handling.lock() = true;
-        // The context stays known until here, so that a CPU fault meanwhile revokes its mapping.
+        self.closing.store(true, Release);
+        // Ends the work, and with it whatever a ring is stalled on, even if a fault of ours takes its time. The
+        // context stays known until the end, so that a CPU fault meanwhile revokes its mapping.
         self.gpu.destroy_context(self.context);
+        drop(self.handling.lock());
         Residency::evict(&self.gpu, self.context);
         let windows = core::mem::replace(&mut self.windows.lock().tree, RBTree::new());
         drop(windows);
         self.gpu.forget_context(self.context);
     }
 
-    /// Whether it belongs to this process.
-    pub(crate) fn is_for(&self, mm: &Mm) -> bool {
-        core::ptr::eq(self.mm.as_raw(), mm.as_raw())
-    }
-
-    /// The device.
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
+    fn is_closing(&self) -> bool {
+        self.closing.load(Acquire)
     }
 
     /// The counters.
-    pub(crate) fn statistics(&self) -> &Statistics {
+    pub(crate) fn statistics(&self) -> &Arc<Statistics> {
         &self.statistics
     }
 
@@ -318,7 +319,7 @@ impl AddressSpace {
             return;
         }
         // Fails if it is queued already, which is as good.
-        let _ = ModuleQueue::get().map(|queue| queue.enqueue(self));
+        let _ = ModuleQueue::Faults.get().map(|queue| queue.enqueue(self));
     }
 
     /// The fault to be handled next. (Not written in place: the lock must not be held while it is handled.)
@@ -387,8 +388,35 @@ impl AddressSpace {
     /// Handles a fault of the GPU.
     fn handle(&self, fault: &abi::EventRecord) {
         self.statistics.faults.add(1, Relaxed);
+        let Err(error) = self.persist(fault) else {
+            return;
+        };
+        // Cancelling puts the context into error. If that fault is gone (a REPLAY has gone before), the access
+        // has stalled on another one, which must not be resolved only to fail in the same way.
+        self.doomed.store(error.to_errno(), Relaxed);
+        let status = match error {
+            _ if error == EBUSY || error == EOPNOTSUPP || error == ENOSPC => uapi::STATUS_NOT_EXCLUSIVE,
+            _ if error == ENOMEM => uapi::STATUS_NO_MEMORY,
+            _ => uapi::STATUS_FAULT,
+        };
+        if let Some(cancelled) = self.cancelled.get(usize::from(fault.ring)) {
+            cancelled.store(status as i32, Relaxed);
+        }
+        // Fails if the device is lost, which ends the work as well.
+        let _ = self.gpu.cancel(self.context, fault.fault);
+    }
+
+    /// Tries to resolve a fault until nobody gets in the way.
+    fn persist(&self, fault: &abi::EventRecord) -> Result {
+        let doomed = self.doomed.load(Relaxed);
+        if doomed != 0 {
+            return Err(Error::from_errno(doomed));
+        }
         let mut outcome = Err(EAGAIN);
         for attempt in 0..ATTEMPTS {
+            if self.is_closing() {
+                return Err(ESRCH);
+            }
             outcome = self.resolve(fault);
             match outcome {
                 Err(error) if error == EAGAIN || error == EBUSY => {
@@ -398,17 +426,7 @@ impl AddressSpace {
                 _ => break,
             }
         }
-        let Err(error) = outcome else { return };
-        let status = if error == EBUSY || error == EOPNOTSUPP || error == ENOSPC {
-            uapi::STATUS_NOT_EXCLUSIVE
-        } else {
-            uapi::STATUS_FAULT
-        };
-        if let Some(cancelled) = self.cancelled.get(usize::from(fault.ring)) {
-            cancelled.store(status as i32, Relaxed);
-        }
-        // Fails if the device is lost, which ends the work as well.
-        let _ = self.gpu.cancel(self.context, fault.fault);
+        outcome
     }
 
     /// Tries once to give the GPU the access that it has faulted on, and lets it go on.
@@ -418,6 +436,9 @@ impl AddressSpace {
     /// EAGAIN, EBUSY: something has come in between. EOPNOTSUPP: the page cannot be pinned. ENOSPC: too many
     /// are. Others: the process could not make that access either.
     fn resolve(&self, fault: &abi::EventRecord) -> Result {
+        if self.gpu.is_lost() {
+            return Err(ENODEV);
+        }
         let va = usize::try_from(fault.va)? & !(PAGE_SIZE - 1);
         if va >= VA_END {
             return Err(EFAULT);
@@ -431,21 +452,24 @@ impl AddressSpace {
         let window = self.window(&mm, va)?;
         let sequence = window.begin();
         let memory = self.gpu.memory();
-        match read_page(&window, &sequence, &mm, va, wanted, Some(memory.owner()))? {
+        match read_page(&sequence, &mm, va, wanted, Some(memory.owner()))? {
             Found::Nothing => Err(EFAULT),
-            Found::System { pfn, .. } if atomic && self.atomics(va) == Atomics::Pin => {
-                self.pin(&mm, &window, sequence, va, pfn, fault.fault)
+            Found::System(pfn) if atomic && self.atomics(va) == Atomics::Pin => {
+                self.pin(&mm, sequence, va, pfn, fault.fault)
             }
-            Found::System { pfn, writable } => {
+            Found::System(pfn) => {
                 let mut rights = abi::PTE_READ;
-                if writable {
+                if wanted == Wanted::Write {
                     rights |= abi::PTE_WRITE;
                 }
                 if atomic {
                     // Only here does the GPU get ATOMIC without having the page to itself.
                     rights |= abi::PTE_ATOMIC;
                 }
-                let mut guard = window.commit(sequence).map_err(|_| EAGAIN)?;
+                let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+                if rights & abi::PTE_WRITE != 0 {
+                    pfn.mark_dirty();
+                }
                 self.statistics.mirrors.add(1, Relaxed);
                 guard.map(va, pfn, rights, fault.fault)
             }
@@ -455,14 +479,14 @@ impl AddressSpace {
                 // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
                 // (`hmm_range_fault` returns device-private pages of ours even so.)
                 if mapped.context != self.context || (wanted == Wanted::Write && !writable) {
-                    read_page(&window, &sequence, &mm, va, wanted, None)?;
+                    read_page(&sequence, &mm, va, wanted, None)?;
                     return Err(EAGAIN);
                 }
                 let mut rights = abi::PTE_READ;
                 if writable {
                     rights |= abi::PTE_WRITE | abi::PTE_ATOMIC;
                 }
-                let mut guard = window.commit(sequence).map_err(|_| EAGAIN)?;
+                let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
                 // Another migration home, of which this window knows nothing, may have come first.
                 let mine = Mapped {
                     context: self.context,
@@ -483,8 +507,7 @@ impl AddressSpace {
     fn pin(
         &self,
         mm: &MmWithUser,
-        window: &IntervalNotifier<Window>,
-        sequence: Sequence<'_>,
+        sequence: Sequence<'_, Window>,
         va: usize,
         expected: Pfn,
         fault: u64,
@@ -494,26 +517,18 @@ impl AddressSpace {
         }
         let memory = self.gpu.memory();
         let stand_in = memory.allocate()?;
-        let name: DevicePage = stand_in.name();
         let mmap = mm.mmap_read_lock();
         let unmapped = migrate::setup_pin(&mmap, va, self.actor())?;
         if unmapped.source().is_none_or(|source| source.pfn != expected) {
             return Err(EAGAIN);
         }
-        let mut moved = unmapped.migrate(Destination::Device(stand_in));
-        let Some(pinned) = moved.take_pinned() else {
-            return Err(EBUSY);
+        let mine = Mapped {
+            context: self.context,
+            va,
         };
-        memory.set(
-            name,
-            pinned,
-            Mapped {
-                context: self.context,
-                va,
-            },
-        );
+        let moved = unmapped.pin(stand_in, |page, pinned| memory.set(page, pinned, mine))?;
         self.statistics.pins.add(1, Relaxed);
-        let result = match window.commit(sequence) {
+        let result = match sequence.commit() {
             Ok(mut guard) => {
                 let rights = abi::PTE_READ | abi::PTE_WRITE | abi::PTE_ATOMIC;
                 guard.map(va, expected, rights, fault)
@@ -584,16 +599,19 @@ impl AddressSpace {
 
     /// Where the page at `va` is: `uapi::PAGE_*`, what the GPU may do, and the pinned frame.
     pub(crate) fn query(&self, va: usize) -> Result<(u32, u8, Option<Pfn>)> {
-        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
-        let window = match self.window(&mm, va) {
-            Err(error) if error == EFAULT => return Ok((uapi::PAGE_CPU, 0, None)),
-            other => other?,
+        let Some(window) = self.find(va & !(RANGE_SIZE - 1)) else {
+            // The GPU has never been here.
+            return Ok((uapi::PAGE_CPU, 0, None));
         };
+        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
         let mut wanted = Wanted::Nothing;
         for _ in 0..ATTEMPTS {
+            if kernel::current!().signal_pending() {
+                return Err(EINTR);
+            }
             let sequence = window.begin();
             let memory = self.gpu.memory();
-            let found = match read_page(&window, &sequence, &mm, va, wanted, Some(memory.owner())) {
+            let found = match read_page(&sequence, &mm, va, wanted, Some(memory.owner())) {
                 Err(error) if error == EAGAIN => continue,
                 Err(_) if wanted == Wanted::Read => {
                     wanted = Wanted::Nothing;
@@ -601,7 +619,7 @@ impl AddressSpace {
                 }
                 other => other?,
             };
-            let Ok(guard) = window.commit(sequence) else {
+            let Ok(guard) = sequence.commit() else {
                 continue;
             };
             let rights = guard.rights(va);
@@ -610,7 +628,7 @@ impl AddressSpace {
                     Some((pfn, _)) => (uapi::PAGE_PINNED, rights, Some(pfn)),
                     None => (uapi::PAGE_CPU, rights, None),
                 },
-                Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, rights, None),
+                Found::System(_) if rights != 0 => (uapi::PAGE_MIRRORED, rights, None),
                 Found::Nothing if rights != 0 => {
                     // On its way: the GPU has it already, or still, and a migration is not finished yet. To ask
                     // for read access is how to wait for that; it brings in nothing, as there is a page.

@@ -4,7 +4,7 @@
 
 use crate::{
     abi,
-    address_space::{AddressSpace, Atomics},
+    address_space::{AddressSpace, Atomics, Statistics},
     chardev::CharDevice,
     gpu::Gpu,
     hmm::migrate,
@@ -16,38 +16,63 @@ use kernel::{
     fs::File,
     ioctl::{_IOC_DIR, _IOC_NR, _IOC_TYPE},
     miscdevice::{MiscDevice, MiscDeviceRegistration},
+    mm::Mm,
+    new_mutex,
     prelude::*,
     seq_file::SeqFile,
     seq_print,
-    sync::{atomic::Relaxed, Arc},
+    sync::{aref::ARef, atomic::Relaxed, Arc, Mutex},
     uaccess::{UserPtr, UserSlice},
 };
 
 /// An open file.
+#[pin_data(PinnedDrop)]
 pub(crate) struct FileHandle {
-    space: Arc<AddressSpace>,
+    gpu: Arc<Gpu>,
+    /// The opener's memory.
+    mm: ARef<Mm>,
+    statistics: Arc<Statistics>,
+    /// Made when it is first used, rather than by `open`, which runs under a lock of all misc devices and had
+    /// better not wait for this one.
+    #[pin]
+    space: Mutex<Option<Arc<AddressSpace>>>,
 }
 
-impl Drop for FileHandle {
-    fn drop(&mut self) {
-        self.space.close();
+#[pinned_drop]
+impl PinnedDrop for FileHandle {
+    fn drop(self: Pin<&mut Self>) {
+        let space = self.space.lock().take();
+        if let Some(space) = space {
+            space.close();
+        }
     }
 }
 
 #[vtable]
 impl MiscDevice for FileHandle {
-    type Ptr = KBox<Self>;
+    type Ptr = Pin<KBox<Self>>;
 
-    fn open(_file: &File, device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
+    fn open(_file: &File, device: &MiscDeviceRegistration<Self>) -> Result<Pin<KBox<Self>>> {
         // SAFETY: This is `open`, and `Gpu` is what registers this type.
         let gpu = unsafe { CharDevice::<Self, Arc<Gpu>>::data_of(device) };
+        if gpu.is_lost() {
+            return Err(ENODEV);
+        }
         let current = current!();
-        let mm = current.mm().ok_or(ESRCH)?;
-        let space = AddressSpace::open(gpu, mm)?;
-        KBox::new(Self { space }, GFP_KERNEL).map_err(Error::from)
+        let mm: &Mm = current.mm().ok_or(ESRCH)?;
+        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
+        KBox::pin_init(
+            pin_init!(Self {
+                gpu: gpu.clone(),
+                mm: mm.into(),
+                statistics,
+                space <- new_mutex!(None, "FileHandle::space"),
+            }),
+            GFP_KERNEL,
+        )
     }
 
-    fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
+    fn ioctl(this: Pin<&Self>, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
         const READ_WRITE: u32 = kernel::uapi::_IOC_READ | kernel::uapi::_IOC_WRITE;
         if _IOC_TYPE(cmd) != uapi::IOCTL_BASE || _IOC_DIR(cmd) != READ_WRITE {
             return Err(ENOTTY);
@@ -64,8 +89,8 @@ impl MiscDevice for FileHandle {
         Ok(0)
     }
 
-    fn show_fdinfo(this: &Self, m: &SeqFile, _file: &File) {
-        let statistics = this.space.statistics();
+    fn show_fdinfo(this: Pin<&Self>, m: &SeqFile, _file: &File) {
+        let statistics = &this.statistics;
         seq_print!(m, "pinion-faults:\t{}\n", statistics.faults.load(Relaxed));
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
@@ -94,17 +119,25 @@ fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
 
 impl FileHandle {
     /// The address space means the memory of the process that opened it: nobody else may use it.
-    fn owned(&self) -> Result<&Arc<AddressSpace>> {
+    fn owned(&self) -> Result<Arc<AddressSpace>> {
         let current = current!();
-        match current.mm() {
-            Some(mm) if self.space.is_for(mm) => Ok(&self.space),
-            _ => Err(EPERM),
+        let mm: &Mm = current.mm().ok_or(EPERM)?;
+        if !core::ptr::eq(mm.as_raw(), self.mm.as_raw()) {
+            return Err(EPERM);
+        }
+        let mut space = self.space.lock();
+        match &*space {
+            Some(space) => Ok(space.clone()),
+            None => {
+                let new = AddressSpace::open(&self.gpu, mm, self.statistics.clone())?;
+                Ok(space.insert(new).clone())
+            }
         }
     }
 
     fn info(&self, arg: usize) -> Result {
         let request: uapi::Info = uapi::read(arg)?;
-        let limits = self.space.gpu().limits();
+        let limits = self.gpu.limits();
         let info = uapi::Info {
             size: request.size,
             flags: 0,
@@ -124,7 +157,7 @@ impl FileHandle {
     fn submit(&self, arg: usize) -> Result {
         let space = self.owned()?;
         let mut request: uapi::Submit = uapi::read(arg)?;
-        if !(1..=space.gpu().limits().max_batch).contains(&request.count) {
+        if !(1..=self.gpu.limits().max_batch).contains(&request.count) {
             return Err(EINVAL);
         }
         let mut commands = KVec::with_capacity(request.count as usize, GFP_KERNEL)?;

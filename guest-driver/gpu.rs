@@ -39,8 +39,8 @@ use kernel::{
     workqueue::{Work, WorkItem},
 };
 
-/// Slots of the control queue, and of the invalidation queue.
-const CONTROL_SLOTS: usize = 16;
+/// Slots of the control queue, and of the invalidation queue: two for each ring (MAP and REPLAY), and some.
+const CONTROL_SLOTS: usize = 2 * abi::MAX_RINGS as usize + 8;
 /// Slots of a ring.
 const RING_SLOTS: usize = 64;
 /// Page table entries in one request that this driver sends.
@@ -71,6 +71,19 @@ pub(crate) struct Contexts {
     /// Contexts that are taken, though not (yet, or any more) in the table.
     #[pin]
     taken: SpinLock<KVVec<bool>>,
+    /// How many pinned pages of each context are on their way home.
+    leaving: KVVec<Atomic<i32>>,
+}
+
+/// A page is on its way home; dropping this ends that.
+pub(crate) struct Leaving<'a>(Option<&'a Atomic<i32>>);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if let Some(count) = self.0 {
+            count.fetch_sub(1, Full);
+        }
+    }
 }
 
 impl Contexts {
@@ -80,8 +93,12 @@ impl Contexts {
             table.push(None, GFP_KERNEL)?;
         }
         let taken = KVVec::from_elem(false, count, GFP_KERNEL)?;
+        let mut leaving = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            leaving.push(Atomic::new(0), GFP_KERNEL)?;
+        }
         Arc::pin_init(
-            pin_init!(Self { table <- new_spinlock!(table), taken <- new_spinlock!(taken) }),
+            pin_init!(Self { table <- new_spinlock!(table), taken <- new_spinlock!(taken), leaving }),
             GFP_KERNEL,
         )
     }
@@ -110,6 +127,30 @@ impl Contexts {
         if let Some(taken) = self.taken.lock().get_mut(context as usize) {
             *taken = false;
         }
+    }
+
+    /// Counts a page of `context` as on its way home.
+    pub(crate) fn leave(&self, context: u32) -> Leaving<'_> {
+        let count = self.leaving.get(context as usize);
+        if let Some(count) = count {
+            count.fetch_add(1, Full);
+        }
+        Leaving(count)
+    }
+
+    /// How many pages of `context` are on their way home.
+    pub(crate) fn leaving(&self, context: u32) -> usize {
+        self.leaving
+            .get(context as usize)
+            .map_or(0, |count| count.load(Acquire) as usize)
+    }
+
+    /// How many pages are on their way home.
+    pub(crate) fn all_leaving(&self) -> usize {
+        self.leaving
+            .iter()
+            .map(|count| count.load(Acquire) as usize)
+            .sum()
     }
 
     /// The address space of a context.
@@ -202,7 +243,7 @@ impl Drop for Number {
 
 /// How long the device may take for an answer.
 fn timeout() -> Msecs {
-    crate::module_parameters::timeout_ms.value().clamp(100, 600_000)
+    crate::module_parameters::timeout_ms.value().clamp(100, 30_000)
 }
 
 /// Turns the status of a request into an error.
@@ -220,6 +261,11 @@ impl Gpu {
     /// What the device offers.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// The open address spaces.
+    pub(crate) fn contexts(&self) -> &Contexts {
+        &self.contexts
     }
 
     /// The struct pages that stand in for pinned ones.
@@ -251,14 +297,18 @@ impl Gpu {
                 why
             );
             // Fails only if it is queued already.
-            let _ = ModuleQueue::get().map(|queue| queue.enqueue::<_, 1>(self.clone()));
+            let _ = ModuleQueue::Loss
+                .get()
+                .map(|queue| queue.enqueue::<_, 1>(self.clone()));
         }
     }
 
-    /// Resets the device and ends all requests.
+    /// Resets the device and ends all requests. When this returns, the device touches nothing any more, even if
+    /// it was somebody else who has reset it.
     fn stop(&self) {
         self.lost.store(true, Release);
-        let transport = self.transport.lock().take();
+        let mut transport = self.transport.lock();
+        drop(transport.take());
         drop(transport);
         self.stopped.complete_all();
     }
@@ -276,14 +326,25 @@ impl Gpu {
         }
     }
 
+    /// Puts a request into the control queue.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY: the queue has been full all the time.
+    fn send<T: IntoBytes + zerocopy::Immutable + ?Sized>(&self, request: &T) -> Result<Pending<'_>> {
+        let write = |output: &mut [u8]| put(output, request.as_bytes());
+        match self.control.request(timeout(), write) {
+            Err(error) if error == ETIMEDOUT => Err(EBUSY),
+            other => other,
+        }
+    }
+
     /// Sends a request on the control queue and waits for the answer.
     fn request<T: IntoBytes + zerocopy::Immutable>(self: &Arc<Self>, request: &T, what: &str) -> Result<u64> {
         if self.is_lost() {
             return Err(ENODEV);
         }
-        let pending = self
-            .control
-            .request(timeout(), |output| put(output, request.as_bytes()))?;
+        let pending = self.send(request)?;
         self.control.kick();
         let response = self.answer(pending, what)?;
         check(response.status)?;
@@ -315,8 +376,13 @@ impl Gpu {
     /// Ends a context. When this returns, the device accesses nothing of it any more.
     pub(crate) fn destroy_context(self: &Arc<Self>, context: u32) {
         let request = header(abi::REQUEST_CONTEXT_DESTROY, context);
-        if self.request(&request, "no answer to CONTEXT_DESTROY").is_err() {
-            self.wait_stopped();
+        loop {
+            match self.request(&request, "no answer to CONTEXT_DESTROY") {
+                Ok(_) => return,
+                // Nothing has been sent: others keep the queue busy.
+                Err(error) if error == EBUSY => {}
+                Err(_) => return self.wait_stopped(),
+            }
         }
     }
 
@@ -340,19 +406,18 @@ impl Gpu {
             count: 1,
             reserved: 0,
         };
-        let map = self.control.request(timeout(), |output| {
-            let length = put(output, request.as_bytes());
-            length + put(&mut output[length..], entry.as_bytes())
-        })?;
-        let request = fault_request(abi::REQUEST_REPLAY, context, fault);
-        let replay = self
-            .control
-            .request(timeout(), |output| put(output, request.as_bytes()));
+        let mut map = [0; size_of::<abi::MapRequest>() + size_of::<u64>()];
+        let length = put(&mut map, request.as_bytes());
+        put(&mut map[length..], entry.as_bytes());
+        let map = self.send(&map)?;
+        let replay = self.send(&fault_request(abi::REQUEST_REPLAY, context, fault));
         self.control.kick();
-        check(self.answer(map, "no answer to MAP")?.status)?;
-        let replay = self.answer(replay?, "no answer to REPLAY")?;
-        // The fault may be gone with its context.
-        match check(replay.status) {
+        let map = self.answer(map, "no answer to MAP");
+        let replay = self.answer(replay?, "no answer to REPLAY");
+        // Only now: with the fault replayed in vain, the access has stalled on another one.
+        check(map?.status)?;
+        match check(replay?.status) {
+            // The fault may be gone with its context.
             Err(error) if error == ENOENT => Ok(()),
             other => other,
         }
@@ -411,13 +476,14 @@ impl Gpu {
         }
     }
 
-    /// Waits until a lost device has been reset.
+    /// Waits until a lost device has been reset: until then it may access memory, and whoever waits here is about
+    /// to free some. The reset does not need the device's cooperation, only the hypervisor's.
     fn wait_stopped(self: &Arc<Self>) {
         if !self.is_lost() {
             self.lose("a request failed");
         }
-        if self.stopped.wait(timeout()).is_err() {
-            dev_err!(self.device, "the lost device could not be reset in time\n");
+        while self.stopped.wait(timeout()).is_err() {
+            dev_err!(self.device, "still waiting for the lost device to be reset\n");
         }
     }
 
@@ -578,7 +644,9 @@ impl virtio::Driver for Gpu {
             abi::QUEUE_INVALIDATE => this.invalidation.collect(),
             // Fails if it is queued already, which is as good.
             abi::QUEUE_EVENT => {
-                let _ = ModuleQueue::get().map(|queue| queue.enqueue::<_, 0>(this.clone()));
+                let _ = ModuleQueue::Faults
+                    .get()
+                    .map(|queue| queue.enqueue::<_, 0>(this.clone()));
             }
             queue => {
                 if let Some(ring) = this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize) {
@@ -592,8 +660,10 @@ impl virtio::Driver for Gpu {
         let node = this.node.lock().take();
         drop(node);
         this.stop();
-        // Whoever is pinning a page finds the device lost, and is done after this.
-        ModuleQueue::flush();
+        // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
+        // events queue the handling of faults.
+        ModuleQueue::Faults.flush();
+        ModuleQueue::Faults.flush();
         Residency::evict_all(&this);
     }
 }

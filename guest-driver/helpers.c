@@ -120,9 +120,9 @@ void pinion_sema_init(struct semaphore *sem, int count)
 
 /* Work queues */
 
-struct workqueue_struct *pinion_alloc_workqueue(void)
+struct workqueue_struct *pinion_alloc_workqueue(bool reclaim)
 {
-	return alloc_workqueue("pinion", WQ_UNBOUND | WQ_HIGHPRI, 0);
+	return alloc_workqueue("pinion", WQ_UNBOUND | WQ_HIGHPRI | (reclaim ? WQ_MEM_RECLAIM : 0), 0);
 }
 
 /* MMU notifiers */
@@ -174,9 +174,21 @@ bool pinion_page_is_anon(struct page *page)
 	return folio_test_anon(page_folio(page));
 }
 
-bool pinion_page_maybe_dma_pinned(struct page *page)
+bool pinion_page_may_pin(struct page *page)
 {
-	return folio_maybe_dma_pinned(page_folio(page));
+	struct folio *folio = page_folio(page);
+
+	return folio_test_anon(folio) && !folio_test_ksm(folio) && !folio_maybe_dma_pinned(folio) &&
+	       !folio_is_zone_movable(folio);
+}
+
+void pinion_page_mark_dirty(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	/* Other folios are dirtied by page_mkwrite(); their dirty_folio() may allocate. */
+	if (folio_test_anon(folio) || folio_test_swapbacked(folio))
+		folio_mark_dirty(folio);
 }
 
 void pinion_page_clear_mapping(struct page *page)

@@ -37,7 +37,7 @@ void pinion_reinit_completion(struct completion *done);
 
 void pinion_sema_init(struct semaphore *sem, int count);
 
-struct workqueue_struct *pinion_alloc_workqueue(void);
+struct workqueue_struct *pinion_alloc_workqueue(bool reclaim);
 
 void pinion_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);
 bool pinion_interval_read_retry(struct mmu_interval_notifier *notifier, unsigned long seq);
@@ -49,7 +49,8 @@ void pinion_put_page(struct page *page);
 void pinion_lock_page(struct page *page);
 void pinion_unlock_page(struct page *page);
 bool pinion_page_is_anon(struct page *page);
-bool pinion_page_maybe_dma_pinned(struct page *page);
+bool pinion_page_may_pin(struct page *page);
+void pinion_page_mark_dirty(struct page *page);
 void pinion_page_clear_mapping(struct page *page);
 struct dev_pagemap *pinion_device_private_pagemap(struct page *page);
 struct page *pinion_folio_page(struct folio *folio);

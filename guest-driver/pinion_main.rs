@@ -47,13 +47,13 @@ struct Pinion {
     #[pin]
     _driver: virtio::Registration<gpu::Gpu>,
     /// Last: work runs until the driver is unregistered.
-    _queue: sync::ModuleQueue,
+    _queues: sync::ModuleQueues,
 }
 
 impl kernel::InPlaceModule for Pinion {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            _queue: sync::ModuleQueue::new()?,
+            _queues: sync::ModuleQueues::new()?,
             _driver <- virtio::Registration::new(module),
         })
     }

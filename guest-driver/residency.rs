@@ -10,7 +10,7 @@ use crate::{
     gpu::{Contexts, Gpu},
     hmm::{
         memory::{DevicePage, FaultedPage, Handler, Outcome, PrivateMemory},
-        migrate::{self, Destination, Unmapped},
+        migrate::{self, Unmapped},
     },
 };
 use kernel::{
@@ -48,32 +48,29 @@ impl Residency {
     }
 
     /// Gives back the page for which the unmapped `page` stands in.
+    ///
+    /// While this runs, the page is counted as on its way, for whoever waits until none is left.
     fn bring_home(
         memory: &PrivateMemory<Self>,
         page: DevicePage,
         unmapped: Unmapped<'_>,
     ) -> Result<(), Busy> {
+        let (_, found) = memory.get(page).ok_or(Busy)?;
+        let _on_its_way = memory.handler().contexts.leave(found.context);
         // First taken, then revoked: whoever is about to map the page elsewhere (after mremap) either has said
         // so already, and is found here, or finds that it is gone. The page is locked, so nobody else takes it.
-        let Some((pinned, mapped)) = memory.take(page) else {
-            return Err(Busy);
-        };
-        let space = memory.handler().contexts.get(mapped.context);
-        if let Some(space) = &space {
+        let (pinned, mapped) = memory.take(page).ok_or(Busy)?;
+        let statistics = memory.handler().contexts.get(mapped.context).map(|space| {
             space.revoke(mapped.va);
+            space.statistics().clone()
+        });
+        if !unmapped.unpin(pinned, |pinned| memory.set(page, pinned, mapped)) {
+            return Err(Busy);
         }
-        match unmapped.migrate(Destination::Unpin(pinned)).finish_unpin() {
-            Ok(()) => {
-                if let Some(space) = &space {
-                    space.statistics().unpins.add(1, Relaxed);
-                }
-                Ok(())
-            }
-            Err(pinned) => {
-                memory.set(page, pinned, mapped);
-                Err(Busy)
-            }
+        if let Some(statistics) = statistics {
+            statistics.unpins.add(1, Relaxed);
         }
+        Ok(())
     }
 
     /// Brings home every pinned page of `context`, which the device does not access any more.
@@ -81,7 +78,8 @@ impl Residency {
     /// What somebody else is using all the time stays, and comes home when a CPU touches it.
     pub(crate) fn evict(gpu: &Gpu, context: u32) {
         for _ in 0..PATIENCE {
-            if Self::evict_once(gpu, |mapped| mapped.context == context) == 0 {
+            let left = Self::evict_once(gpu, |mapped| mapped.context == context);
+            if left + gpu.contexts().leaving(context) == 0 {
                 return;
             }
             fsleep(PAUSE);
@@ -98,7 +96,7 @@ impl Residency {
     pub(crate) fn evict_all(gpu: &Gpu) {
         let mut round = 0u32;
         loop {
-            let left = Self::evict_once(gpu, |_| true);
+            let left = Self::evict_once(gpu, |_| true) + gpu.contexts().all_leaving();
             if left == 0 {
                 return;
             }

@@ -117,43 +117,30 @@ impl Semaphore {
     }
 }
 
-/// The module's work queue, while a [`ModuleQueue`] exists.
-static QUEUE: AtomicPtr<bindings::workqueue_struct> = AtomicPtr::new(ptr::null_mut());
+/// The module's work queues, while a [`ModuleQueues`] exists.
+static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
 
-/// The module's own work queue: what runs on it is done before the module's text goes away.
-///
-/// There is one, and it belongs to the module rather than to a device, so that work can hold the last
-/// reference to a device and drop it.
-///
-/// # Invariants
-///
-/// `QUEUE` is a valid work queue while this exists.
-pub(crate) struct ModuleQueue(());
+/// What a work queue of the module is for.
+#[derive(Clone, Copy)]
+pub(crate) enum ModuleQueue {
+    /// Events and faults, of which there can be many and which can take long.
+    Faults = 0,
+    /// The reset of a lost device, for which reclaim may be waiting.
+    Loss = 1,
+}
 
 impl ModuleQueue {
-    /// Allocates it. To be called once, when the module is loaded.
-    pub(crate) fn new() -> Result<Self> {
-        // SAFETY: No preconditions.
-        let queue = unsafe { c::pinion_alloc_workqueue() };
-        if queue.is_null() {
-            return Err(ENOMEM);
-        }
-        // INVARIANT: Just allocated.
-        QUEUE.store(queue, Ordering::Release);
-        Ok(Self(()))
-    }
-
     /// The queue, unless the module is being loaded or unloaded.
-    pub(crate) fn get() -> Option<&'static Queue> {
-        let queue = QUEUE.load(Ordering::Acquire);
-        // SAFETY: By the type invariant. The `ModuleQueue` is dropped after everything that may call this is
-        // gone: it is the last field of the module.
+    pub(crate) fn get(self) -> Option<&'static Queue> {
+        let queue = QUEUES[self as usize].load(Ordering::Acquire);
+        // SAFETY: Valid by the type invariant of `ModuleQueues`, which is dropped after everything that may call
+        // this is gone: it is the last field of the module.
         (!queue.is_null()).then(|| unsafe { Queue::from_raw(queue) })
     }
 
     /// Waits until everything that is queued now has run.
-    pub(crate) fn flush() {
-        let queue = QUEUE.load(Ordering::Acquire);
+    pub(crate) fn flush(self) {
+        let queue = QUEUES[self as usize].load(Ordering::Acquire);
         if !queue.is_null() {
             // SAFETY: As in `get`.
             unsafe { bindings::__flush_workqueue(queue) };
@@ -161,10 +148,41 @@ impl ModuleQueue {
     }
 }
 
-impl Drop for ModuleQueue {
+/// The module's own work queues: what runs on them is done before the module's text goes away.
+///
+/// They belong to the module rather than to a device, so that work can hold the last reference to a device and
+/// drop it.
+///
+/// # Invariants
+///
+/// The pointers in `QUEUES` that are not null are valid work queues while this exists.
+pub(crate) struct ModuleQueues(());
+
+impl ModuleQueues {
+    /// Allocates them. To be called once, when the module is loaded.
+    pub(crate) fn new() -> Result<Self> {
+        let this = Self(());
+        for (reclaim, place) in [false, true].into_iter().zip(&QUEUES) {
+            // SAFETY: No preconditions.
+            let queue = unsafe { c::pinion_alloc_workqueue(reclaim) };
+            if queue.is_null() {
+                return Err(ENOMEM);
+            }
+            // INVARIANT: Just allocated.
+            place.store(queue, Ordering::Release);
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for ModuleQueues {
     fn drop(&mut self) {
-        let queue = QUEUE.swap(ptr::null_mut(), Ordering::AcqRel);
-        // SAFETY: Valid by the type invariant, and nobody gets it any more. This waits for what is still running.
-        unsafe { bindings::destroy_workqueue(queue) };
+        for place in &QUEUES {
+            let queue = place.swap(ptr::null_mut(), Ordering::AcqRel);
+            if !queue.is_null() {
+                // SAFETY: Valid by the type invariant, and nobody gets it any more. This waits for what runs.
+                unsafe { bindings::destroy_workqueue(queue) };
+            }
+        }
     }
 }

@@ -36,6 +36,8 @@ pub(crate) const STATUS_FAULT: u32 = 9;
 pub(crate) const STATUS_DEVICE_LOST: u32 = 0x100;
 /// See above.
 pub(crate) const STATUS_NOT_EXCLUSIVE: u32 = 0x101;
+/// See above.
+pub(crate) const STATUS_NO_MEMORY: u32 = 0x102;
 
 /// `PINION_ADVISE_ATOMICS`.
 pub(crate) const ADVISE_ATOMICS: u32 = 1;

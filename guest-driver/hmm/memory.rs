@@ -119,6 +119,8 @@ impl FaultedPage<'_> {
 }
 
 struct Entry<T> {
+    /// Whether the page is in use.
+    used: bool,
     /// The system page for which the page stands in.
     pinned: Option<PinnedPage>,
     data: T,
@@ -177,6 +179,7 @@ impl<H: Handler> PrivateMemory<H> {
                 index as u32 + 1
             };
             let entry = Entry {
+                used: false,
                 pinned: None,
                 data: H::PageData::default(),
                 next_free,
@@ -250,8 +253,10 @@ impl<H: Handler> PrivateMemory<H> {
         let index = {
             let mut table = self.table.lock();
             let index = table.first_free;
-            let entry = table.entries.get(index as usize).ok_or(ENOSPC)?;
-            table.first_free = entry.next_free;
+            let entry = table.entries.get_mut(index as usize).ok_or(ENOSPC)?;
+            entry.used = true;
+            let next_free = entry.next_free;
+            table.first_free = next_free;
             table.used += 1;
             index as usize
         };
@@ -264,16 +269,22 @@ impl<H: Handler> PrivateMemory<H> {
         }
     }
 
-    /// Has `page`, which must be in use, stand in for `pinned`.
+    /// Has `page`, which must be in use and not yet stand in for another, stand in for `pinned`.
     pub(crate) fn set(&self, page: DevicePage, pinned: PinnedPage, data: H::PageData) {
-        let Some(index) = self.index(page) else { return };
+        let index = self.index(page);
         let mut table = self.table.lock();
-        let entry = &mut table.entries[index];
-        entry.data = data;
-        let old = entry.pinned.replace(pinned);
-        drop(table);
-        // There is none; but if there were, it would have to be dropped outside the lock.
-        drop(old);
+        let entry = index.and_then(|index| table.entries.get_mut(index));
+        match entry {
+            Some(entry) if entry.used && entry.pinned.is_none() => {
+                entry.data = data;
+                entry.pinned = Some(pinned);
+            }
+            _ => {
+                drop(table);
+                pr_err!("a page cannot stand in for another; its data is lost\n");
+                drop(pinned);
+            }
+        }
     }
 
     /// What `page` stands in for, and the driver's data.
@@ -371,6 +382,7 @@ impl<H: Handler> PrivateMemory<H> {
         let mut table = this.table.lock();
         let first_free = table.first_free;
         let entry = &mut table.entries[index];
+        entry.used = false;
         entry.next_free = first_free;
         entry.data = H::PageData::default();
         let pinned = entry.pinned.take();

@@ -5,19 +5,19 @@
 //! A migration is a state machine that cannot be left halfway:
 //!
 //! ```text
-//!   setup_*() -> Unmapped --migrate(destinations)--> Moved --drop--> finished
+//!   setup_*() -> Unmapped --pin()/unpin()--> Moved --drop--> finished
 //!                   |
 //!                   +--drop--> every page is mapped again as it was
 //! ```
 //!
 //! While one of the two exists, the pages are locked and mapped nowhere: CPU accesses wait.
 //!
-//! **Pinning in place** ([`Unmapped::migrate`] after [`setup_pin`]) migrates the metadata of a page to a
+//! **Pinning in place** ([`Unmapped::pin`]) migrates the metadata of a page to a
 //! device-private page and leaves the page itself, with its data, with the driver. It has two
 //! implementations, chosen when the module is built (`has_migrate_pfn_pin`, see Kbuild):
 //!
 //! - with `MIGRATE_PFN_PIN` and `MIGRATE_PFN_UNPIN` the kernel knows what is going on;
-//! - without, [`Moved`] takes a reference of its own to the source page between `migrate_vma_pages()` and
+//! - without, [`Unmapped::pin`] takes a reference of its own to the source page between `migrate_vma_pages()` and
 //!   `migrate_vma_finalize()`, and clears its mapping. The latter puts only the destination on the LRU, so
 //!   that the source stays where it is, with that one reference. The reverse holds for giving it back.
 //!
@@ -56,14 +56,6 @@ const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 pub(crate) struct Source {
     /// Which page.
     pub(crate) pfn: Pfn,
-}
-
-/// Where a page goes.
-pub(crate) enum Destination {
-    /// To a new device-private page.
-    Device(NewDevicePage),
-    /// Home, from the device-private page that stands in for it to the very page that was pinned.
-    Unpin(PinnedPage),
 }
 
 enum Kind {
@@ -154,7 +146,7 @@ impl Entries {
 ///
 /// Dropping it maps them again as they were.
 pub(crate) struct Unmapped<'a> {
-    /// Until it is migrated.
+    /// Until they are migrated.
     entries: Option<Entries>,
     _lock: PhantomData<&'a ()>,
 }
@@ -251,67 +243,88 @@ impl<'a> Unmapped<'a> {
 
     /// What the patched kernel has checked already.
     fn may_pin(&self, source: Source) -> bool {
-        let page = source.pfn.page();
         // SAFETY: The page is locked and referenced by the migration.
-        let free = unsafe { c::pinion_page_is_anon(page) && !c::pinion_page_maybe_dma_pinned(page) };
-        KERNEL_PINS || free
+        KERNEL_PINS || unsafe { c::pinion_page_may_pin(source.pfn.page()) }
     }
 
-    /// Migrates the page to `destination`.
-    pub(crate) fn migrate(mut self, destination: Destination) -> Moved<'a> {
-        let mut entries = match self.entries.take() {
-            Some(entries) => entries,
-            // Only this function and `drop` take it, and both consume `self`.
-            None => return Moved::nothing(),
-        };
-        let unpin = match destination {
-            Destination::Device(page) => {
-                entries.destination = (page.into_raw().number() << SHIFT) | VALID;
-                None
-            }
-            Destination::Unpin(pinned) => {
-                let pfn = pinned.into_raw();
-                // SAFETY: This owns the page's one reference; nobody else can hold its lock for long. A kernel
-                // without MIGRATE_PFN_UNPIN drops a destination that it does not need, so give it a reference
-                // of its own.
-                unsafe {
-                    c::pinion_lock_page(pfn.page());
-                    if !KERNEL_PINS {
-                        c::pinion_get_page(pfn.page());
-                    }
-                }
-                entries.destination = (pfn.number() << SHIFT) | VALID | UNPIN;
-                Some(pfn)
-            }
-        };
+    /// Pins the page, with `stand_in` in its place. `keep` takes it, before anybody can free the stand-in.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY: it could not be pinned, and will be mapped again.
+    pub(crate) fn pin(
+        mut self,
+        stand_in: NewDevicePage,
+        keep: impl FnOnce(DevicePage, PinnedPage),
+    ) -> Result<Moved<'a>> {
+        let mut entries = self.entries.take().filter(Entries::is_pin).ok_or(EINVAL)?;
+        let name = stand_in.name();
+        entries.destination = (stand_in.into_raw().number() << SHIFT) | VALID;
         entries.pages();
-        let moved = entries.source & MIGRATE != 0;
-        let pin = entries.is_pin() && moved;
-        if pin && !KERNEL_PINS {
-            let page = Pfn::page(
-                // SAFETY: The entry is valid, for it was migrated.
-                unsafe { Pfn::new(entries.source >> SHIFT) },
-            );
+        let done = entries.source & MIGRATE != 0;
+        // SAFETY: The entry was valid when it was set up.
+        let source = unsafe { Pfn::new(entries.source >> SHIFT) };
+        let moved = Moved {
+            entries,
+            _lock: PhantomData,
+        };
+        if !done {
+            return Err(EBUSY);
+        }
+        if !KERNEL_PINS {
             // SAFETY: The source page is still locked and referenced by the migration, mapped nowhere, and its
             // metadata has moved to the destination, so that its mapping means nothing any more. This takes
             // the reference that makes it the driver's.
             unsafe {
-                c::pinion_get_page(page);
-                c::pinion_page_clear_mapping(page);
+                c::pinion_get_page(source.page());
+                c::pinion_page_clear_mapping(source.page());
             }
         }
-        let pinned = pin.then(|| {
-            // SAFETY: The reference is the one just taken, or the one that the kernel hands over in finalize
-            // for an entry that has been migrated with MIGRATE_PFN_PIN. The page is unmapped and isolated.
-            unsafe { PinnedPage::from_raw(Pfn::new(entries.source >> SHIFT)) }
-        });
-        Moved {
-            entries: Some(entries),
-            moved,
-            pinned,
-            unpin,
-            _lock: PhantomData,
+        // SAFETY: The reference is the one just taken, or the one that the kernel hands over in finalize for an
+        // entry that has been migrated with MIGRATE_PFN_PIN. The page is unmapped and isolated.
+        keep(name, unsafe { PinnedPage::from_raw(source) });
+        Ok(moved)
+    }
+
+    /// Gives back the page for which the unmapped one stands in, and finishes. If that fails then `keep` takes
+    /// the page, before anybody can free the stand-in. Says whether it was given back.
+    pub(crate) fn unpin(mut self, pinned: PinnedPage, keep: impl FnOnce(PinnedPage)) -> bool {
+        let Some(mut entries) = self.entries.take_if(|entries| !entries.is_pin()) else {
+            keep(pinned);
+            return false;
+        };
+        let pfn = pinned.into_raw();
+        // SAFETY: This owns the page's one reference; nobody else can hold its lock for long. A kernel without
+        // MIGRATE_PFN_UNPIN drops a destination that it does not need, so give it a reference of its own.
+        unsafe {
+            c::pinion_lock_page(pfn.page());
+            if !KERNEL_PINS {
+                c::pinion_get_page(pfn.page());
+            }
         }
+        entries.destination = (pfn.number() << SHIFT) | VALID | UNPIN;
+        entries.pages();
+        let done = entries.source & MIGRATE != 0;
+        let moved = Moved {
+            entries,
+            _lock: PhantomData,
+        };
+        if !done {
+            // SAFETY: The page has not been used: it is as it was, with the driver's reference.
+            keep(unsafe { PinnedPage::from_raw(pfn) });
+            return false;
+        }
+        if !KERNEL_PINS {
+            // No page table says that the device has written to the page; if it was marked as lazily freed,
+            // reclaim would take it for unused.
+            pfn.mark_dirty();
+        }
+        moved.finish();
+        if !KERNEL_PINS {
+            // SAFETY: The second reference from above.
+            unsafe { c::pinion_put_page(pfn.page()) };
+        }
+        true
     }
 }
 
@@ -325,58 +338,21 @@ impl Drop for Unmapped<'_> {
     }
 }
 
-/// Pages whose metadata has moved, still locked. Finishing lets the CPU at them.
+/// A migration that has been carried out as far as it goes; the pages are still locked. Finishing lets the CPU
+/// at them, or at what stands in for them.
 #[must_use]
 pub(crate) struct Moved<'a> {
-    entries: Option<Entries>,
-    moved: bool,
-    pinned: Option<PinnedPage>,
-    unpin: Option<Pfn>,
+    entries: Entries,
     _lock: PhantomData<&'a ()>,
 }
 
 impl Moved<'_> {
-    fn nothing() -> Self {
-        Self {
-            entries: None,
-            moved: false,
-            pinned: None,
-            unpin: None,
-            _lock: PhantomData,
-        }
-    }
-
-    /// The page that has been pinned, once. Its stand-in must know of it before the migration is finished,
-    /// for it can be freed right then.
-    pub(crate) fn take_pinned(&mut self) -> Option<PinnedPage> {
-        self.pinned.take()
-    }
-
-    /// Finishes: the CPU gets at the page, or at what stands in for it.
+    /// Finishes, as dropping does.
     pub(crate) fn finish(self) {}
-
-    /// Finishes a migration home. If the page could not be given back, here it is again.
-    pub(crate) fn finish_unpin(mut self) -> Result<(), PinnedPage> {
-        let unpin = self.unpin.take();
-        let moved = self.moved;
-        drop(self);
-        let Some(pfn) = unpin else { return Ok(()) };
-        if moved {
-            if !KERNEL_PINS {
-                // SAFETY: The second reference of `migrate`.
-                unsafe { c::pinion_put_page(pfn.page()) };
-            }
-            return Ok(());
-        }
-        // SAFETY: The page was not used, so that it is as it was, unlocked, with the driver's reference.
-        Err(unsafe { PinnedPage::from_raw(pfn) })
-    }
 }
 
 impl Drop for Moved<'_> {
     fn drop(&mut self) {
-        if let Some(entries) = &mut self.entries {
-            entries.finalize();
-        }
+        self.entries.finalize();
     }
 }

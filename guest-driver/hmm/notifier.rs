@@ -8,7 +8,7 @@
 //! and there are two ways to it:
 //!
 //! ```text
-//!   begin() -> Sequence --(read the CPU's page table)--> commit(Sequence) -> guard, or Stale: start again
+//!   begin() -> Sequence --(read the CPU's page table)--> Sequence::commit() -> guard, or Stale: start again
 //!   revoke() -> guard                                    (to take away, which needs no reading)
 //! ```
 //!
@@ -21,7 +21,7 @@
 //! C header: `include/linux/mmu_notifier.h`.
 
 use crate::bindings as c;
-use core::{marker::PhantomData, ops::Range, ptr};
+use core::{ops::Range, ptr};
 use kernel::{
     error::to_result,
     mm::Mm,
@@ -102,15 +102,34 @@ unsafe impl<M: Mirror> Sync for IntervalNotifier<M> {}
 /// What is read from the CPU's page table after this was taken can be committed with it, unless something
 /// has changed in between.
 #[must_use]
-pub(crate) struct Sequence<'a> {
+pub(crate) struct Sequence<'a, M: Mirror> {
+    notifier: &'a IntervalNotifier<M>,
     kernel: usize,
     revocations: u64,
-    _notifier: PhantomData<&'a ()>,
 }
 
-impl Sequence<'_> {
-    pub(super) fn kernel(&self) -> usize {
-        self.kernel
+impl<'a, M: Mirror> Sequence<'a, M> {
+    /// Ends reading: if nothing has changed since it began, what was read may be put into the mirror while the
+    /// guard is held.
+    pub(crate) fn commit(self) -> Result<Guard<'a, M>, Stale> {
+        let guard = self.notifier.state.lock();
+        // SAFETY: The notifier is registered, and the lock is the one under which `invalidate` sets the sequence.
+        let stale = unsafe { c::pinion_interval_read_retry(self.notifier.inner.get(), self.kernel) };
+        if stale || guard.revocations != self.revocations {
+            return Err(Stale);
+        }
+        Ok(Guard(guard))
+    }
+
+    /// The C notifier, and the kernel's sequence number.
+    pub(super) fn as_raw(&self) -> (*mut c::mmu_interval_notifier, usize) {
+        (self.notifier.inner.get(), self.kernel)
+    }
+
+    /// Whether `mm` is the address space that this reads.
+    pub(super) fn is_for(&self, mm: &Mm) -> bool {
+        // SAFETY: `inner` is initialised; its mm does not change.
+        unsafe { (*self.notifier.inner.get()).mm == mm.as_raw() }
     }
 }
 
@@ -173,28 +192,15 @@ impl<M: Mirror> IntervalNotifier<M> {
     /// Begins to read. Waits until no invalidation of the range is under way.
     ///
     /// To be called without mmap_lock, which whoever invalidates may be holding.
-    pub(crate) fn begin(&self) -> Sequence<'_> {
+    pub(crate) fn begin(&self) -> Sequence<'_, M> {
         let revocations = self.state.lock().revocations;
         // SAFETY: Registered by the type invariant.
         let kernel = unsafe { c::mmu_interval_read_begin(self.inner.get()) };
         Sequence {
+            notifier: self,
             kernel,
             revocations,
-            _notifier: PhantomData,
         }
-    }
-
-    /// Ends reading: if nothing has changed since `sequence` began, what was read may be put into the mirror
-    /// while the guard is held.
-    pub(crate) fn commit(&self, sequence: Sequence<'_>) -> Result<Guard<'_, M>, Stale> {
-        let guard = self.state.lock();
-        // SAFETY: Registered by the type invariant, and the lock is the one that `invalidate` sets the
-        // sequence under.
-        let stale = unsafe { c::pinion_interval_read_retry(self.inner.get(), sequence.kernel) };
-        if stale || guard.revocations != sequence.revocations {
-            return Err(Stale);
-        }
-        Ok(Guard(guard))
     }
 
     /// Locks the mirror in order to take something out of it. Whoever has begun to read and not committed
@@ -203,16 +209,6 @@ impl<M: Mirror> IntervalNotifier<M> {
         let mut guard = self.state.lock();
         guard.revocations += 1;
         Guard(guard)
-    }
-
-    pub(super) fn as_raw(&self) -> *mut c::mmu_interval_notifier {
-        self.inner.get()
-    }
-
-    /// Whether `mm` is the address space that this listens to.
-    pub(super) fn is_for(&self, mm: &Mm) -> bool {
-        // SAFETY: `inner` is initialised; its mm does not change.
-        unsafe { (*self.inner.get()).mm == mm.as_raw() }
     }
 
     /// # Safety

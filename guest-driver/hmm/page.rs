@@ -35,6 +35,16 @@ impl Pfn {
         self.0
     }
 
+    /// Notes that a device may write to the page, which no page table will tell. Whoever cleans the page has
+    /// to revoke the device's access first.
+    ///
+    /// The caller knows that the page is not freed meanwhile, for example because it holds the guard of a mirror
+    /// into which the page has just been committed.
+    pub(crate) fn mark_dirty(self) {
+        // SAFETY: There is a page of this number. Anonymous memory and shmem need no more than a flag.
+        unsafe { c::pinion_page_mark_dirty(self.page()) };
+    }
+
     /// The physical address of its first byte.
     pub(crate) fn address(self) -> u64 {
         (self.0 as u64) << kernel::page::PAGE_SHIFT
@@ -45,7 +55,7 @@ impl Pfn {
 /// itself. Its metadata is with a device-private page meanwhile.
 ///
 /// Dropping it frees the page, and with it the data; that is right once the device-private page that stands
-/// in for it is freed. To give the page back, see [`super::migrate::Destination::Unpin`].
+/// in for it is freed. To give the page back, see [`super::migrate::Unmapped::unpin`].
 ///
 /// # Invariants
 ///

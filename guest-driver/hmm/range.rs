@@ -6,7 +6,7 @@
 
 use super::{
     memory::DevicePage,
-    notifier::{IntervalNotifier, Mirror, Owner, Sequence},
+    notifier::{Mirror, Owner, Sequence},
     page::Pfn,
 };
 use crate::bindings as c;
@@ -38,13 +38,8 @@ pub(crate) enum Wanted {
 pub(crate) enum Found {
     /// Nothing is there (only with [`Wanted::Nothing`]).
     Nothing,
-    /// A page that the CPU can use.
-    System {
-        /// Which.
-        pfn: Pfn,
-        /// Whether it may be written.
-        writable: bool,
-    },
+    /// A page that the CPU can use, in the way that was wanted.
+    System(Pfn),
     /// A device-private page of the owner that was named.
     Device {
         /// Which.
@@ -65,8 +60,7 @@ pub(crate) enum Found {
 /// EAGAIN: something has changed meanwhile, begin a new sequence. EFAULT, EPERM, ENOMEM and others: the
 /// process could not make this access either.
 pub(crate) fn read_page<M: Mirror>(
-    notifier: &IntervalNotifier<M>,
-    sequence: &Sequence<'_>,
+    sequence: &Sequence<'_, M>,
     mm: &MmWithUser,
     address: usize,
     wanted: Wanted,
@@ -74,9 +68,10 @@ pub(crate) fn read_page<M: Mirror>(
 ) -> Result<Found> {
     let start = address & !(PAGE_SIZE - 1);
     let mut pfn = 0usize;
+    let (notifier, notifier_seq) = sequence.as_raw();
     let mut range = c::hmm_range {
-        notifier: notifier.as_raw(),
-        notifier_seq: sequence.kernel(),
+        notifier,
+        notifier_seq,
         start,
         end: start + PAGE_SIZE,
         hmm_pfns: &mut pfn,
@@ -88,7 +83,7 @@ pub(crate) fn read_page<M: Mirror>(
         pfn_flags_mask: 0,
         dev_private_owner: owner.map_or(ptr::null_mut(), |owner| owner.0),
     };
-    if !notifier.is_for(mm) {
+    if !sequence.is_for(mm) {
         return Err(EINVAL);
     }
     let _mmap = mm.mmap_read_lock();
@@ -109,6 +104,6 @@ pub(crate) fn read_page<M: Mirror>(
     let pfn = unsafe { Pfn::new(pfn & PFN) };
     Ok(match DevicePage::from_pfn(pfn) {
         Some(page) => Found::Device { page, writable },
-        None => Found::System { pfn, writable },
+        None => Found::System(pfn),
     })
 }

@@ -107,6 +107,7 @@ struct pinion_wait {
 #define PINION_STATUS_FAULT		9	/* the process could not have made this access either */
 #define PINION_STATUS_DEVICE_LOST	0x100	/* the device has gone, or does not answer */
 #define PINION_STATUS_NOT_EXCLUSIVE	0x101	/* a page that cannot be pinned: file-backed, or in use by others */
+#define PINION_STATUS_NO_MEMORY		0x102	/* no memory for the page, or for the page table */
 
 /* Says how the pages of a range are to be treated. The range is page-aligned. */
 struct pinion_advise {
