@@ -292,7 +292,7 @@ impl AddressSpace {
         // context stays known until the end, so that a CPU fault meanwhile revokes its mapping.
         self.gpu.destroy_context(self.context);
         drop(self.handling.lock());
-        Residency::evict(&self.gpu, self.context);
+        Residency::release(&self.gpu, self);
         let windows = core::mem::replace(&mut self.windows.lock().tree, RBTree::new());
         drop(windows);
         self.gpu.forget_context(self.context);
@@ -383,6 +383,20 @@ impl AddressSpace {
                 window.clear(page..page + 1);
             }
         }
+    }
+
+    /// Brings the page at `va` home by an access of the process, if it is pinned and the process is still there.
+    pub(crate) fn recall(&self, va: usize) {
+        let (Some(mm), Some(window)) = (self.mm.mmget_not_zero(), self.find(va & !(RANGE_SIZE - 1))) else {
+            return;
+        };
+        // What becomes of it shows in the table of pinned pages.
+        let _ = read_page(&window.begin(), &mm, va, Wanted::Read, None);
+    }
+
+    /// Its context on the device.
+    pub(crate) fn context(&self) -> u32 {
+        self.context
     }
 
     /// Handles a fault of the GPU.

@@ -182,6 +182,11 @@ bool pinion_page_may_pin(struct page *page)
 	       !folio_is_zone_movable(folio);
 }
 
+bool pinion_page_is_mapped(struct page *page)
+{
+	return folio_mapped(page_folio(page));
+}
+
 void pinion_page_mark_dirty(struct page *page)
 {
 	struct folio *folio = page_folio(page);

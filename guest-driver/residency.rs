@@ -7,6 +7,7 @@
 //! faults meanwhile), revoke the GPU's mapping, give the very same page back.
 
 use crate::{
+    address_space::AddressSpace,
     gpu::{Contexts, Gpu},
     hmm::{
         memory::{DevicePage, FaultedPage, Handler, Outcome, PrivateMemory},
@@ -21,7 +22,7 @@ use kernel::{
 
 /// How long to wait before trying again to bring home a page that others use.
 const PAUSE: Delta = Delta::from_millis(1);
-/// How often to try.
+/// Tries after which to say that something is in the way.
 const PATIENCE: u32 = 5000;
 
 /// By whom and where a pinned page is mapped.
@@ -31,6 +32,14 @@ pub(crate) struct Mapped {
     pub(crate) context: u32,
     /// The virtual address.
     pub(crate) va: usize,
+}
+
+impl Mapped {
+    /// A page that no context maps any more.
+    const NOWHERE: Self = Self {
+        context: u32::MAX,
+        va: 0,
+    };
 }
 
 /// What device-private memory knows of the driver.
@@ -73,30 +82,44 @@ impl Residency {
         Ok(())
     }
 
-    /// Brings home every pinned page of `context`, which the device does not access any more.
-    ///
-    /// What somebody else is using all the time stays, and comes home when a CPU touches it.
-    pub(crate) fn evict(gpu: &Gpu, context: u32) {
-        for _ in 0..PATIENCE {
-            let left = Self::evict_once(gpu, |mapped| mapped.context == context);
-            if left + gpu.contexts().leaving(context) == 0 {
-                return;
+    /// Brings home the pinned pages of `space`, which the device does not access any more, as far as its process
+    /// can reach them. The others (moved by mremap, inaccessible, or shared with a child that has outlived the
+    /// process) belong to nobody from now on, and come home when a CPU touches them.
+    pub(crate) fn release(gpu: &Gpu, space: &AddressSpace) {
+        let memory = gpu.memory();
+        let mine = |mapped: &Mapped| mapped.context == space.context();
+        memory.for_each(mine, |page| {
+            if let Some((_, mapped)) = memory.get(page) {
+                space.recall(mapped.va);
             }
+        });
+        // After this nobody revokes a mapping of that context, whose number will be used again.
+        while gpu.contexts().leaving(space.context()) > 0 {
             fsleep(PAUSE);
         }
-        dev_warn!(
-            gpu.device(),
-            "context {}: not all pinned pages came home\n",
-            context
-        );
+        memory.for_each(mine, |page| {
+            if let Some((pfn, _)) = memory.get(page) {
+                memory.update(page, pfn, mine, Mapped::NOWHERE);
+            }
+        });
     }
 
     /// Brings home every pinned page. The device does not access memory any more, and nothing is being pinned.
     /// There is no giving up: the struct pages that stand in for them are about to go away.
     pub(crate) fn evict_all(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.for_each(
+            |_| true,
+            |page| {
+                let mapped = memory.get(page).map(|(_, mapped)| mapped);
+                if let Some(space) = mapped.and_then(|mapped| gpu.contexts().get(mapped.context)) {
+                    space.recall(mapped.map_or(0, |mapped| mapped.va));
+                }
+            },
+        );
         let mut round = 0u32;
         loop {
-            let left = Self::evict_once(gpu, |_| true) + gpu.contexts().all_leaving();
+            let left = Self::evict_once(gpu) + gpu.contexts().all_leaving();
             if left == 0 {
                 return;
             }
@@ -108,23 +131,19 @@ impl Residency {
         }
     }
 
-    /// Brings home what `select`s; returns how many pages are in use by others for the moment (a CPU fault,
-    /// somebody who walks over them).
-    fn evict_once(gpu: &Gpu, select: impl Fn(&Mapped) -> bool) -> usize {
+    /// Brings home every pinned page; returns how many are in use by others for the moment (a CPU fault, somebody
+    /// who walks over them).
+    fn evict_once(gpu: &Gpu) -> usize {
         let memory = gpu.memory();
         let mut left = 0;
-        memory.for_each(&select, |page| {
-            let Ok(unmapped) = migrate::setup_device_page(page) else {
-                left += 1;
-                return;
-            };
-            // Only now can it not become another address space's page.
-            if memory.get(page).is_some_and(|(_, mapped)| select(&mapped))
-                && Self::bring_home(memory, page, unmapped).is_err()
-            {
-                left += 1;
-            }
-        });
+        memory.for_each(
+            |_| true,
+            |page| {
+                let home = migrate::setup_device_page(page)
+                    .is_ok_and(|unmapped| Self::bring_home(memory, page, unmapped).is_ok());
+                left += usize::from(!home);
+            },
+        );
         left
     }
 }

@@ -217,12 +217,24 @@ pub(crate) fn setup_fault<'a>(fault: &'a FaultedPage<'_>) -> Result<Unmapped<'a>
 
 /// Unmaps a device-private page wherever it is mapped, in order to bring it home.
 ///
+/// Only for what cannot be reached through a process: the kernel (7.3) does not keep the page's anon_vma while
+/// such a migration is under way, although `rmap_walk_anon_lock()` asks for that of users without mmap_lock.
+/// If the last mapping goes meanwhile then `remove_migration_ptes()` looks at one that may be freed (KASAN has
+/// seen it). A page that is not mapped any more, but not freed yet, because it is in a batch of mlock's, say,
+/// is therefore not even tried.
+///
 /// # Errors
 ///
-/// EBUSY: it is free, or somebody else is working on it.
+/// EBUSY: it is free or about to be, or somebody else is working on it.
 pub(crate) fn setup_device_page(page: DevicePage) -> Result<Unmapped<'static>> {
     let mut inner = Entries::new(Kind::Pages);
     inner.source = page.pfn().number();
+    // SAFETY: There is a page of this number.
+    if !unsafe { c::pinion_page_is_mapped(page.pfn().page()) } {
+        // SAFETY: Migrates nothing; all that this does is to drain the batches of this CPU.
+        unsafe { c::migrate_device_pfns(&mut inner.source, 0) };
+        return Err(EBUSY);
+    }
     // SAFETY: `source` is the frame number of a device-private page.
     unsafe { inner.setup() }?;
     let unmapped = Unmapped {
