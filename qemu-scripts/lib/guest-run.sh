@@ -212,7 +212,7 @@ wait_for_end() {
             ;;
         *)
             # A device may end when QEMU hangs up, and we may hear of that before we hear of QEMU's own end.
-            if ! has_ended "$QEMU_PID"; then
+            if [[ $DEVICE_MAY_END == no ]] && ! has_ended "$QEMU_PID"; then
                 for FAILED_DEVICE in "${!DEVICE_PIDS[@]}"; do
                     [[ ${DEVICE_PIDS[FAILED_DEVICE]} != "$pid" ]] || break
                 done

@@ -229,16 +229,20 @@ fn devices_of(run: u32) -> Vec<i32> {
         .collect()
 }
 
-/// A device that does not answer any more leaves nobody stuck, and takes no data with it.
+/// A device that is gone leaves nobody stuck, and takes no data with it.
 fn device_loss(guest: Guest) {
-    let mut stopped = 0;
+    let mut killed = 0;
+    let guest = Guest {
+        options: &["--device-may-end"],
+        ..guest
+    };
     let ended = guest.run_and(&["device-loss"], |run| {
         for device in devices_of(run) {
-            // SAFETY: It is a child of our child, which is waiting for it, so that the number is its own.
-            stopped += i32::from(unsafe { libc::kill(device, libc::SIGSTOP) } == 0);
+            // SAFETY: It is a child of our child, which has not waited for it yet, so that the number is its own.
+            killed += i32::from(unsafe { libc::kill(device, libc::SIGKILL) } == 0);
         }
     });
-    assert_eq!(stopped, 1, "one daemon was stopped\n{}", ended.everything());
+    assert_eq!(killed, 1, "one daemon was killed\n{}", ended.everything());
     // That includes the module's unloading, and that the kernel has nothing to complain of.
     ended.must_succeed();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a process goes through whose GPU stops answering. The harness stops it when this says "ready".
+//! What a process goes through whose GPU is lost. The harness kills the device when this says "ready".
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -25,7 +25,7 @@ fn run() -> Result<(), Failure> {
     // SAFETY: The mapping is accessed through atomics, and is there until the end.
     let work = unsafe { gpu.submit(0, &[command]) }?;
     if !gpu.wait(work, BOUND)?.is_ok() {
-        return Err("the GPU has not done what it should do before it is stopped".into());
+        return Err("the GPU has not done what it should do before it is killed".into());
     }
     let command = Command::atomic_add(busy.as_ptr().cast::<u64>(), 1).repeat(u32::MAX);
     // SAFETY: As above.
@@ -40,7 +40,7 @@ fn run() -> Result<(), Failure> {
 
     println!("ready");
     std::io::stdout().flush()?;
-    // There is no telling when the device is stopped, only that it is soon.
+    // There is no telling when the device is killed, only that it is soon.
     std::thread::sleep(Duration::from_secs(2));
 
     let started = Instant::now();
