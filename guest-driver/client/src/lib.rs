@@ -107,6 +107,8 @@ pub enum Status {
     /// The GPU cannot get the exclusive access that an atomic operation needs: the memory is file-backed or shared, or
     /// somebody else has pinned it.
     NotExclusive,
+    /// There is no memory for the page, or for what the driver and the device have to remember of it.
+    NoMemory,
 }
 
 /// The end of a submission.
@@ -331,6 +333,7 @@ impl Gpu {
             uapi::STATUS_FAULT => Status::Fault,
             uapi::STATUS_DEVICE_LOST => Status::DeviceLost,
             uapi::STATUS_NOT_EXCLUSIVE => Status::NotExclusive,
+            uapi::STATUS_NO_MEMORY => Status::NoMemory,
             value => {
                 return Err(Error::Unknown {
                     what: "status",

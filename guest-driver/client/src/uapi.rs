@@ -104,6 +104,7 @@ pub const STATUS_CONTEXT_ERROR: u32 = 8;
 pub const STATUS_FAULT: u32 = 9;
 pub const STATUS_DEVICE_LOST: u32 = 0x100;
 pub const STATUS_NOT_EXCLUSIVE: u32 = 0x101;
+pub const STATUS_NO_MEMORY: u32 = 0x102;
 
 /// `struct pinion_advise`
 #[repr(C)]

@@ -4,7 +4,8 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::process::CommandExt as _;
 use std::time::{Duration, Instant};
 
 use pinion_client::Command;
@@ -22,7 +23,7 @@ tests! {
     closed_with_a_fault_outstanding
     killed_with_work_queued
     killed_with_pages_pinned_leaks_nothing
-    exec_closes_the_address_space
+    exec_leaves_the_address_space_behind
     the_module_stays_while_it_is_used_and_can_be_loaded_again
 }
 
@@ -181,22 +182,41 @@ fn killed_with_pages_pinned_leaks_nothing() -> TestResult {
     PASSED
 }
 
-/// The file survives `exec`, and its address space does not belong to the new program.
-fn exec_closes_the_address_space() -> TestResult {
-    let gpu = open()?;
-    let memory = page_with(5)?;
-    pin(&gpu, &memory, 1)?;
-    let child = child_that(|| {
+/// Names the descriptor of an open GPU for a program that is executed with it.
+pub(crate) const INHERITED: &str = "PINION_TESTS_INHERITED";
+
+/// A file survives `exec`, if it is not marked otherwise, but its address space was that of the program before.
+fn exec_leaves_the_address_space_behind() -> TestResult {
+    let child = fork(|| {
         let gpu = open()?;
+        let memory = page_with(5)?;
         pin(&gpu, &memory, 1)?;
-        std::mem::forget(gpu);
-        Ok(())
+        let descriptor = gpu.as_fd().as_raw_fd();
+        // SAFETY: It changes a flag of a descriptor that is open.
+        ensure_eq!(unsafe { libc::fcntl(descriptor, libc::F_SETFD, 0) }, 0, "fcntl");
+        let error = std::process::Command::new(std::env::current_exe()?)
+            .env(INHERITED, descriptor.to_string())
+            .exec();
+        Err(error.into())
     })?;
-    kill(child)?;
-    let status = std::process::Command::new("/bin/true").status()?;
-    ensure!(status.success(), "{status}");
-    ensure_eq!(value(&memory), 6, "the number");
+    ensure_eq!(child.wait(Duration::from_secs(15))?, 0, "status of the program");
     PASSED
+}
+
+/// What that program does: the inherited file is of no use to it, a new one is.
+pub(crate) fn inherited(descriptor: &str) -> Result<(), Failure> {
+    let descriptor: i32 = descriptor.parse()?;
+    // PINION_IOCTL_QUERY: _IOWR(0xB9, 4, struct pinion_query)
+    let request = (3 << 30) | (32 << 16) | (0xB9 << 8) | 4;
+    let mut query = [32_u32, 0, 0, 0, 0, 0, 0, 0];
+    // SAFETY: The structure is as long as it says.
+    let status = unsafe { libc::ioctl(descriptor, request, query.as_mut_ptr()) };
+    let error = std::io::Error::last_os_error();
+    ensure_eq!((status, error.raw_os_error()), (-1, Some(libc::EPERM)), "{error}");
+    let memory = page_with(5)?;
+    pin(&open()?, &memory, 1)?;
+    ensure_eq!(value(&memory), 6, "the number");
+    Ok(())
 }
 
 fn unload() -> std::io::Result<()> {

@@ -105,6 +105,15 @@ fn run_apart(name: &str) -> std::io::Result<End> {
 }
 
 fn main() -> ExitCode {
+    if let Ok(descriptor) = std::env::var(lifetime::INHERITED) {
+        return match lifetime::inherited(&descriptor) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     if let Ok(name) = std::env::var(SELECTED) {
         return run_here(&name);
     }
