@@ -15,6 +15,7 @@
 #include <linux/virtio_config.h>
 
 #include "helpers.h"
+#include "uapi/pinion.h"
 
 /* Macros with casts are beyond bindgen; constants are not. (Those of HMM need 64 unsigned bits: see hmm/range.rs.) */
 const unsigned long PINION_MIGRATE_PFN_VALID = MIGRATE_PFN_VALID;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Generated bindings, in quarantine: only the abstractions (`hmm/`, `pagemap`, `virtio`, `sync`, `chardev`)
-//! may use them.
+//! Generated bindings, in quarantine: only the abstractions (`hmm/`, `virtio`, `sync`, `chardev`) may use them,
+//! and `uapi` compares itself with the C header.
 //!
 //! They complement `kernel::bindings`. `bindings_parameters` lists what is taken from which C header.
 

@@ -77,3 +77,9 @@ impl<T: MiscDevice, D: Send + Sync> PinnedDrop for CharDevice<T, D> {
         unsafe { bindings::misc_deregister(self.inner.get()) };
     }
 }
+
+/// Whether the calling process has CAP_SYS_ADMIN.
+pub(crate) fn caller_is_administrator() -> bool {
+    // SAFETY: No preconditions.
+    unsafe { bindings::capable(bindings::CAP_SYS_ADMIN as c_int) }
+}

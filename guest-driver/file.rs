@@ -5,14 +5,14 @@
 use crate::{
     abi,
     address_space::{AddressSpace, Atomics, Statistics},
-    chardev::CharDevice,
+    chardev::{self, CharDevice},
     gpu::Gpu,
     hmm::migrate,
     uapi,
 };
 use core::ops::Range;
 use kernel::{
-    bindings, current,
+    current,
     fs::File,
     ioctl::{_IOC_DIR, _IOC_NR, _IOC_TYPE},
     miscdevice::{MiscDevice, MiscDeviceRegistration},
@@ -207,8 +207,7 @@ impl FileHandle {
         }
         let length = request.count.checked_mul(abi::PAGE_SIZE).ok_or(EINVAL)?;
         let range = page_range(request.address, length)?;
-        // SAFETY: No preconditions.
-        let privileged = unsafe { bindings::capable(bindings::CAP_SYS_ADMIN as c_int) };
+        let privileged = chardev::caller_is_administrator();
         let size = request.count as usize * size_of::<uapi::Page>();
         let pointer = UserPtr::from_addr(usize::try_from(request.pages)?);
         let mut writer = UserSlice::new(pointer, size).writer();

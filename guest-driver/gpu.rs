@@ -432,7 +432,7 @@ impl Gpu {
     /// Clears the entries of `range`. When this returns, no access through them is under way or will begin;
     /// if the device does not say so, then because it has been reset.
     ///
-    /// Allocates nothing and waits a bounded time.
+    /// Allocates nothing. Waits `timeout_ms` at most for the device, and then until it has been reset.
     pub(crate) fn invalidate(self: &Arc<Self>, context: u32, range: Range<u64>) {
         if self.try_invalidate(context, range).is_err() {
             self.wait_stopped();

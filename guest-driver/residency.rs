@@ -94,6 +94,7 @@ impl Residency {
             }
         });
         // After this nobody revokes a mapping of that context, whose number will be used again.
+        // A page is on its way for as long as revoking it takes, which is bounded.
         while gpu.contexts().leaving(space.context()) > 0 {
             fsleep(PAUSE);
         }

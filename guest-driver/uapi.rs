@@ -2,6 +2,7 @@
 
 //! The structures of `uapi/pinion.h`, and how they are read from and written to user space.
 
+use crate::{abi, bindings as c};
 use core::mem::{offset_of, size_of};
 use kernel::{
     prelude::*,
@@ -104,6 +105,47 @@ structures! {
         state: u32 = 0, rights: u32 = 4, pfn: u64 = 8,
     }
 }
+
+/// Has the compiler compare this file, and what the device's interface shares with it, with the C header.
+macro_rules! agree {
+    ($($name:ident = $value:expr;)*) => { $(const _: () = assert!(c::$name as u64 == $value as u64);)* };
+}
+
+agree! {
+    PINION_IOCTL_BASE = IOCTL_BASE;
+    PINION_PIN_METHOD_MIGRATE_PFN = PIN_METHOD_MIGRATE_PFN;
+    PINION_PIN_METHOD_TAKEOVER = PIN_METHOD_TAKEOVER;
+    PINION_STATUS_OK = abi::STATUS_OK;
+    PINION_STATUS_INVALID = abi::STATUS_INVALID;
+    PINION_STATUS_UNSUPPORTED = abi::STATUS_UNSUPPORTED;
+    PINION_STATUS_BAD_ADDRESS = abi::STATUS_BAD_ADDRESS;
+    PINION_STATUS_BUS_ERROR = abi::STATUS_BUS_ERROR;
+    PINION_STATUS_CONTEXT_ERROR = abi::STATUS_CONTEXT_ERROR;
+    PINION_STATUS_FAULT = STATUS_FAULT;
+    PINION_STATUS_DEVICE_LOST = STATUS_DEVICE_LOST;
+    PINION_STATUS_NOT_EXCLUSIVE = STATUS_NOT_EXCLUSIVE;
+    PINION_STATUS_NO_MEMORY = STATUS_NO_MEMORY;
+    PINION_ADVISE_ATOMICS = ADVISE_ATOMICS;
+    PINION_ATOMICS_PIN = ATOMICS_PIN;
+    PINION_ATOMICS_UNPROTECTED = ATOMICS_UNPROTECTED;
+    PINION_QUERY_MAX = QUERY_MAX;
+    PINION_PAGE_CPU = PAGE_CPU;
+    PINION_PAGE_MIRRORED = PAGE_MIRRORED;
+    PINION_PAGE_PINNED = PAGE_PINNED;
+    PINION_RIGHT_READ = abi::PTE_READ >> 1;
+    PINION_RIGHT_WRITE = abi::PTE_WRITE >> 1;
+    PINION_RIGHT_ATOMIC = abi::PTE_ATOMIC >> 1;
+    PINION_MAX_QUEUES = abi::QUEUE_FIRST_RING + abi::MAX_RINGS;
+}
+const _: () = {
+    assert!(size_of::<c::pinion_info>() == size_of::<Info>());
+    assert!(size_of::<c::pinion_submit>() == size_of::<Submit>());
+    assert!(size_of::<c::pinion_wait>() == size_of::<Wait>());
+    assert!(size_of::<c::pinion_advise>() == size_of::<Advise>());
+    assert!(size_of::<c::pinion_query>() == size_of::<Query>());
+    assert!(size_of::<c::pinion_page>() == size_of::<Page>());
+    assert!(size_of::<c::pinion_command>() == size_of::<abi::Command>());
+};
 
 impl Structure for Info {}
 impl Structure for Submit {}

@@ -70,7 +70,7 @@ pub(crate) trait Mirror: Send + Unpin + 'static {
     /// Takes everything in `range` out of the mirror. When this returns true, the device uses none of it. It
     /// may return false only if `may_wait` is false and it would have to wait.
     ///
-    /// Runs under reclaim: allocates nothing and waits a bounded time.
+    /// Runs under reclaim: allocates nothing, and waits for nothing that needs memory to make progress.
     fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool;
 }
 

@@ -7,8 +7,8 @@
  * inherited it, or another process that was passed it, gets EPERM.
  *
  * Every structure starts with its size, set by the caller, and with flags. The kernel takes a structure that
- * is longer than the one it knows if what it does not know is zero, and a shorter one as if the rest were
- * zero, down to the size that version 1 had. Unknown flags and reserved fields that are not zero are EINVAL.
+ * is longer than the one it knows if what it does not know is zero (else E2BIG), and a shorter one as if the
+ * rest were zero, down to the size that version 1 had. Unknown flags and reserved fields that are not zero are EINVAL.
  */
 #ifndef _UAPI_PINION_H
 #define _UAPI_PINION_H
