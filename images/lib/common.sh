@@ -8,8 +8,7 @@
 # whatever happened to the run that made it.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
-CACHE=${PINION_CACHE:-${XDG_CACHE_HOME:-${HOME:?HOME is not set, and neither is PINION_CACHE}/.cache}/pinion}
-readonly REPO CACHE
+readonly REPO
 
 # Exit statuses. The ones of `qemu-scripts/run` are part of its interface: see its --help.
 readonly STATUS_USAGE=109 STATUS_SETUP=110 STATUS_DEVICE=111 STATUS_PANIC=112 STATUS_TIMEOUT=113 STATUS_WARNING=114
@@ -33,12 +32,20 @@ stage() {
     printf '%s: [%d:%02d] %s\n' "$PROGRAM" $((t / 60)) $((t % 60)) "$*" >&2
 }
 
+[[ -n ${PINION_CACHE:-}${XDG_CACHE_HOME:-}${HOME:-} ]] || die "HOME is not set, and neither is PINION_CACHE"
+CACHE=$(realpath -m -- "${PINION_CACHE:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/pinion}")
+readonly CACHE
+# Mounts and library paths are lists with colons.
+[[ $REPO != *:* ]] || die "there is a colon in the path of this repository, $REPO: move it to a path without one"
+[[ $CACHE != *:* ]] || die "there is a colon in the path of the cache, $CACHE: PINION_CACHE=DIR puts it elsewhere"
+
 # --- Clean-up ------------------------------------------------------------------------------------------------------
 # One EXIT trap for all; whatever is registered last is undone first.
 
 CLEANUP=()
 
 run_cleanup() {
+    EXIT_STATUS=$?
     local i
     trap '' INT TERM HUP
     for ((i = ${#CLEANUP[@]} - 1; i >= 0; i--)); do
@@ -64,6 +71,12 @@ hash() { sha256sum | cut -c1-16; }
 
 # hash_files PATH…: a line for each file below the paths, with its content's hash. Other names, other hash.
 hash_files() { find "$@" -type f -print0 | LC_ALL=C sort -z | xargs -0 --no-run-if-empty sha256sum; }
+
+# need_cargo: what builds the device and the guest programs.
+need_cargo() {
+    need_tool cargo "cargo (or see rustup)"
+    need_tool cc gcc # cargo's linker
+}
 
 need_tool() {
     local tool=$1 package=$2
@@ -96,8 +109,17 @@ init_cache() {
 
 # with_lock NAME CMD…: runs CMD while no other run of ours holds the lock NAME.
 with_lock() {
-    local name=$1 fd
+    local fd
+    take_lock "$1"
+    fd=$LOCK
     shift
+    "$@"
+    exec {fd}>&-
+}
+
+# take_lock NAME: sets LOCK to the file descriptor that holds the lock until it is closed.
+take_lock() {
+    local name=$1 fd
     exec {fd}>"$CACHE/locks/$name" || die "cannot write $CACHE/locks/$name"
     if ! flock -n "$fd"; then
         stage "waiting for another run that holds the lock '$name'"
@@ -105,8 +127,7 @@ with_lock() {
         flock "$fd" &
         wait $!
     fi
-    "$@"
-    exec {fd}>&-
+    LOCK=$fd
 }
 
 # cache_entry KIND KEY MIB TEXT BUILDER ARG…: makes sure that the entry exists and sets ENTRY to its path.

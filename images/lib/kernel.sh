@@ -17,15 +17,19 @@ kernel_names() {
 
 # read_kernel NAME: sets KERNEL_DESCRIPTION, KERNEL_ORIGIN (source or debian), KERNEL_PATCHES (yes or no), KERNEL_FRAGMENTS.
 read_kernel() {
-    [[ -r $KERNEL_DIR/$1.conf ]] || die "there is no kernel '$1'; known: $(kernel_names | tr '\n' ' ')"
+    if [[ -z $1 || $1 == */* || ! -r $KERNEL_DIR/$1.conf ]]; then
+        DIE_STATUS=$STATUS_USAGE
+        die "there is no kernel '$1'; known: $(kernel_names | paste -sd ' ')"
+    fi
     KERNEL_DESCRIPTION='' KERNEL_ORIGIN='' KERNEL_PATCHES=no KERNEL_FRAGMENTS=''
     # shellcheck source=/dev/null
     source "$KERNEL_DIR/$1.conf"
 }
 
-# ensure_kernel NAME: sets KERNEL to the entry.
+# ensure_kernel NAME: sets KERNEL to the entry. With HOLD_KERNEL set, no other run changes the entry until release_kernel.
 ensure_kernel() {
     local name=$1
+    release_kernel
     read_kernel "$name"
     ensure_toolchain
     if [[ -n ${KERNEL_SRC:-} && $KERNEL_ORIGIN == source ]]; then
@@ -36,6 +40,14 @@ ensure_kernel() {
         ensure_debian_kernel "$name"
     fi
     KERNEL=$ENTRY
+}
+
+KERNEL_LOCK=''
+
+release_kernel() {
+    [[ -n $KERNEL_LOCK ]] || return 0
+    exec {KERNEL_LOCK}>&-
+    KERNEL_LOCK=''
 }
 
 # ensure_source SET: sets SOURCE to the unpacked kernel source.
@@ -160,24 +172,28 @@ collect_kernel() {
 
 # --- A tree of one's own -------------------------------------------------------------------------------------------
 # KERNEL_SRC=DIR: built out of tree, the tree is not touched and not patched. It may change under us, so make decides each
-# time what there is to do, and the entry is not addressed by content.
+# time what there is to do, and the entry is not addressed by content. So another run may replace what is in it: who boots the
+# kernel holds the entry's lock until the module is built and the kernel's image copied.
 
 ensure_own_kernel() {
     local name=$1 key
     [[ -f $KERNEL_SRC/Kbuild && -d $KERNEL_SRC/rust ]] || die "KERNEL_SRC=$KERNEL_SRC is not a Linux source tree with Rust support"
     KERNEL_SRC=$(readlink -f "$KERNEL_SRC")
+    [[ $KERNEL_SRC != *:* ]] || die "there is a colon in the path KERNEL_SRC=$KERNEL_SRC: move the tree to a path without one"
     namespace_flags
     init_cache
     key=$( (echo "$name $KERNEL_SRC"; basename "$TOOLCHAIN"; KERNEL_PATCHES=no kernel_inputs) | hash)
     ENTRY=$CACHE/kernel-own/$key
-    with_lock "kernel-own-$key" build_own_kernel "$key"
+    take_lock "kernel-own-$key"
+    KERNEL_LOCK=$LOCK
+    build_own_kernel "$key"
+    [[ -n ${HOLD_KERNEL:-} ]] || release_kernel
 }
 
 build_own_kernel() {
     local key=$1 log=$CACHE/logs/kernel-own-$1.log status=0 pid
     need_space 1800
     mkdir -p "$ENTRY/build"
-    rm -f "$ENTRY/bzImage" # not to be trusted until this build is complete
     [[ -e $ENTRY/linux ]] || ln -s "$KERNEL_SRC" "$ENTRY/linux"
     stage "building the kernel of $KERNEL_SRC"
     set -m
@@ -192,7 +208,8 @@ build_own_kernel() {
         fi
         cp "$ENTRY/build/.config" "$ENTRY/config"
         cp "$ENTRY/build/include/config/kernel.release" "$ENTRY/release"
-        cp "$ENTRY/build/arch/x86/boot/bzImage" "$ENTRY/bzImage"
+        cp "$ENTRY/build/arch/x86/boot/bzImage" "$ENTRY/.bzImage.new"
+        mv -f "$ENTRY/.bzImage.new" "$ENTRY/bzImage"
     ) >"$log" 2>&1 </dev/null &
     pid=$!
     set +m
