@@ -78,12 +78,34 @@ archive() { (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | "$BUSYBOX" cpio -o 
 
 # --- Programs of the workspace -------------------------------------------------------------------------------------
 
-# cargo_build TEXT ARG…: quiet when there is nothing to do; the compiler's own words when it fails.
+# cargo_build TEXT ARG…: quiet when there is nothing to do; TEXT when there is, and the compiler's own words.
 cargo_build() {
-    local text=$1
+    local text=$1 color=()
     shift
-    need_tool cargo "cargo (or see rustup)"
-    (cd "$REPO" && cargo build --release --quiet "$@") || die "failed: $text (the compiler's messages are above)"
+    need_cargo
+    [[ ! -t 2 || -n ${NO_COLOR:-}${CARGO_TERM_COLOR:-} ]] || color=(--color always)
+    (cd "$REPO" && cargo build --release "${color[@]}" "$@" 2>&1 </dev/null | cargo_messages "$text") ||
+        die "failed: $text (the compiler's messages are above)"
+}
+
+# cargo_messages TEXT: passes on what cargo says, but for its progress, whose first line becomes the stage TEXT.
+cargo_messages() {
+    local text=$1 line staged='' verb
+    local progress=$'^(\e\\[[0-9;]*m)* *(\e\\[[0-9;]*m)*(Compiling|Checking|Building|Downloading|Downloaded|Updating|Locking|Adding|Fresh|Dirty|Running|Blocking|Waiting|Finished)(\e\\[[0-9;]*m)* '
+    while IFS= read -r line; do
+        if [[ ! $line =~ $progress ]]; then
+            printf '%s\n' "$line" >&2
+            continue
+        fi
+        verb=${BASH_REMATCH[3]}
+        case $verb in
+        Compiling | Download* | Updating)
+            [[ -n $staged ]] || stage "$text"
+            staged=yes
+            ;;
+        Blocking) stage "waiting for another cargo" ;;
+        esac
+    done
 }
 
 # ensure_device: builds the daemon, sets DEVICE to it.
