@@ -3,9 +3,57 @@
 #
 # One run of a guest, from the devices' start to the verdict. Used by qemu-scripts/run only.
 
+# --- The directory of this run -------------------------------------------------------------------------------------
+
+make_run_dir() {
+    RUN_DIR=$(mktemp -d "${TMPDIR:-/tmp}/pinion.XXXXXX" 2>/dev/null) ||
+        die "cannot write a directory in ${TMPDIR:-/tmp} (TMPDIR=DIR puts it elsewhere)"
+    on_exit 'remove_tree "$RUN_DIR"'
+}
+
+# in_run_dir WHAT CMD…: runs CMD, which writes files into RUN_DIR. What it has to say is an error's reason.
+in_run_dir() {
+    local what=$1 messages status=0
+    shift
+    # Called in a condition, CMD would go on after a failure.
+    set +e
+    messages=$(set -e; export LC_ALL=C; "$@" 2>&1)
+    status=$?
+    set -e
+    ((status != 0)) || return 0
+    if grep -q -E 'No space left on device|Disk quota exceeded' <<<"$messages"; then
+        die "cannot write $what to $RUN_DIR: no space left there (TMPDIR=DIR puts it elsewhere)"
+    fi
+    die "cannot write $what to $RUN_DIR: $(head -n 1 <<<"$messages")"
+}
+
+# take_kernel_image: sets KERNEL_IMAGE to what this run boots.
+take_kernel_image() {
+    KERNEL_IMAGE=$KERNEL/bzImage
+    [[ -n $KERNEL_LOCK ]] || return 0
+    # Another run may build this kernel anew.
+    KERNEL_IMAGE=$RUN_DIR/bzImage
+    in_run_dir "the kernel" cp "$KERNEL/bzImage" "$KERNEL_IMAGE"
+    release_kernel
+}
+
+# check_exit: when a command of ours has failed for which nobody was prepared, its status must not pass for that of CMD.
+check_exit() {
+    [[ -z ${JUDGED:-} ]] || return 0
+    case $EXIT_STATUS in
+    0 | 109 | 11[0-6] | 129 | 130 | 143) ;;
+    *)
+        say "failed, with status $EXIT_STATUS, before there was a result (is the disk full?)"
+        exit "$DIE_STATUS"
+        ;;
+    esac
+}
+
 # --- The second archive: what is particular to this run ------------------------------------------------------------
 
-pack_job() {
+pack_job() { in_run_dir "the guest's files" pack_files; }
+
+pack_files() {
     local root=$RUN_DIR/root program
     mkdir -p "$root/pinion" "$root/bin" "$root/root"
     [[ $DRIVER == no ]] || cp "$MODULE" "$root/pinion/pinion.ko"
@@ -16,23 +64,17 @@ pack_job() {
     write_settings >"$root/pinion/settings"
     write_command >"$root/pinion/command"
     chmod 755 "$root/pinion/command"
-    archive "$root" "$RUN_DIR/job.cpio"
+    # As `archive` does it, but with cpio's word on what went wrong.
+    (cd "$root" && find . -mindepth 1 | LC_ALL=C sort | "$BUSYBOX" cpio -o -H newc -R 0:0) >"$RUN_DIR/job.cpio"
     cat "$INITRAMFS" "$RUN_DIR/job.cpio" >"$RUN_DIR/initrd"
     remove_tree "$root" "$RUN_DIR/job.cpio"
 }
 
 add_files() {
-    local root=$1 item host guest
-    for item in "${ADD[@]}"; do
-        host=$item guest=/root/
-        if [[ ! -e $item && $item == *:* ]]; then
-            host=${item%:*} guest=${item##*:}
-        fi
-        [[ -e $host ]] || usage_error "--add $item: there is no file $host"
-        [[ $guest == /* ]] || usage_error "--add $item: the path in the guest must be absolute"
-        [[ $guest != */ ]] || guest+=$(basename "$(readlink -f "$host")")
-        mkdir -p "$(dirname "$root$guest")"
-        cp -aL "$host" "$root$guest"
+    local root=$1 i
+    for i in "${!ADD_HOST[@]}"; do
+        mkdir -p "$(dirname "$root${ADD_GUEST[i]}")"
+        cp -aL "${ADD_HOST[i]}" "$root${ADD_GUEST[i]}"
     done
 }
 
@@ -136,12 +178,13 @@ machine_args() {
 print_command() {
     local i command prefix=/tmp/pinion-gpu
     DEVICE=$(target_dir)/release/pinion-device
+    [[ -x $DEVICE || $DEVICES == 0 ]] || say "note: $DEVICE is not there yet: cargo build --release -p pinion-device"
     machine_args "$prefix"
     for ((i = 0; i < DEVICES; i++)); do
         mapfile -d '' -t command < <(device_command "$prefix$i")
         echo "$(plain "${command[@]}") &"
     done
-    plain "${QEMU[@]}" "${MACHINE_ARGS[@]}" -kernel "$KERNEL/bzImage" -append "console=ttyS0" -nographic | sed 's/ -\(object\|chardev\|device\|kernel\)/ \\\n    -\1/g'
+    plain "${PINION_QEMU:-qemu-system-x86_64}" "${MACHINE_ARGS[@]}" | sed 's/ -\(object\|chardev\|device\)/ \\\n    -\1/g'
     echo
 }
 
@@ -160,7 +203,7 @@ start_qemu() {
     DIE_STATUS=$STATUS_QEMU
     machine_args "$RUN_DIR/gpu"
     args=("${MACHINE_ARGS[@]}" -nodefaults -no-user-config -display none -no-reboot
-        -kernel "$KERNEL/bzImage" -initrd "$RUN_DIR/initrd"
+        -kernel "$KERNEL_IMAGE" -initrd "$RUN_DIR/initrd"
         # panic=-1 with -no-reboot: a panic ends QEMU at once.
         -append "console=ttyS0 loglevel=5 panic=-1 oops=panic log_buf_len=4M no_timer_check $APPEND"
         -chardev "file,id=console,path=$RUN_DIR/console" -serial chardev:console)
@@ -241,7 +284,10 @@ readonly SPLAT='WARNING: |BUG: |\bOops|Kernel panic|Call Trace:|KASAN|KCSAN|UBSA
 # judge: says what went wrong, and exits with the status that --help promises.
 judge() {
     local status=0 outcome='' line log=$RUN_DIR/log driver='' ended=''
-    [[ -s $log ]] || log=$RUN_DIR/console
+    # The console has the warnings, even when the guest has emptied its log since (dmesg -C).
+    if [[ ! -s $log ]] || { ! grep -q -E "$SPLAT" "$log" && grep -q -E "$SPLAT" "$RUN_DIR/console"; }; then
+        log=$RUN_DIR/console
+    fi
     while read -r line; do
         case $line in
         'exit '*) outcome=${line#exit } ;;
@@ -250,7 +296,8 @@ judge() {
         end) ended=yes ;;
         esac
     done < <(cat "$RUN_DIR/status" 2>/dev/null)
-    [[ -z $LOG_FILE ]] || cat "$log" >"$LOG_FILE"
+    [[ -z $LOG_FILE ]] || cat "$log" >"$LOG_FILE" || say "cannot write the guest's log to $LOG_FILE"
+    JUDGED=yes
 
     if [[ -n $TIMED_OUT ]]; then
         status=$STATUS_TIMEOUT
