@@ -93,9 +93,9 @@ struct pinion_wait {
 	__u64 sequence;
 	__u64 timeout_ns;	/* relative; 0 asks without waiting. ETIMEDOUT when it is over */
 	__u64 fault_address;	/* out: where it failed, if it did */
-	__u32 executed;		/* out: commands that were executed to their end */
+	__u32 executed;		/* out, if it failed: commands that were executed to their end */
 	__u32 reserved;
-	__u64 repeats;		/* out: repeats of the unfinished command */
+	__u64 repeats;		/* out, if it failed: repeats of the unfinished command */
 };
 
 #define PINION_STATUS_OK		0

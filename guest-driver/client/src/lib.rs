@@ -118,7 +118,7 @@ pub enum Status {
 pub struct Completion {
     /// How it ended.
     pub status: Status,
-    /// How many commands were executed to their end.
+    /// If it failed: how many commands were executed to their end.
     pub executed: u32,
     /// Where the command after them failed, or zero.
     pub fault_address: u64,
