@@ -65,6 +65,8 @@ in_toolchain() {
             shift 3
         done
         shift
+        # The PATH of an ordinary user need not have chroot in it.
+        PATH=$PATH:/usr/sbin:/sbin
         exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/tmp LC_ALL=C \
             KBUILD_BUILD_USER=pinion KBUILD_BUILD_HOST=pinion "KBUILD_BUILD_TIMESTAMP=1970-01-01" "$@"
     ' sh "$root" "${binds[@]}" -- "$@"
