@@ -5,11 +5,12 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::{ArgGroup, Parser};
 use pinion_abi::MAX_RINGS;
 
+use crate::gpu::Settings;
+use crate::gpu::inject::Injection;
 use crate::gpu::vram::{MAX_SIZE, MIN_SIZE, size_is_valid};
-use crate::gpu::{Inject, Settings};
 
 /// A virtual GPU for driver development: a vhost-user device.
 ///
@@ -40,18 +41,10 @@ pub struct Arguments {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_RINGS)))]
     rings: u16,
 
-    /// Make a deliberate mistake, so that a test can prove that it would notice (may be repeated).
-    #[arg(long, value_name = "NAME")]
-    inject: Vec<Defect>,
-}
-
-/// A deliberate mistake.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Defect {
-    /// INVALIDATE completes without having done anything.
-    StaleTlb,
-    /// Every fourth fault is not reported.
-    LostFault,
+    /// Make a deliberate mistake, so that a test can prove that it would notice (may be repeated):
+    /// NAME[:after=N,every=N,count=N].
+    #[arg(long, value_name = "NAME[:KEY=N]")]
+    inject: Vec<Injection>,
 }
 
 /// Where the frontend comes from.
@@ -79,6 +72,8 @@ pub struct Config {
     pub source: Source,
     /// What the device is like.
     pub settings: Settings,
+    /// Its deliberate defects.
+    pub inject: Vec<Injection>,
 }
 
 impl From<Arguments> for Command {
@@ -88,16 +83,17 @@ impl From<Arguments> for Command {
             (None, Some(fd)) => Source::Fd(fd),
             (None, None) => return Self::PrintCapabilities,
         };
-        let inject = Inject {
-            stale_tlb: arguments.inject.contains(&Defect::StaleTlb),
-            lost_fault: arguments.inject.contains(&Defect::LostFault),
-        };
         let settings = Settings {
             vram: arguments.vram,
             rings: arguments.rings,
-            inject,
+            engines: arguments.rings,
+            ..Settings::default()
         };
-        Self::Serve(Config { source, settings })
+        Self::Serve(Config {
+            source,
+            settings,
+            inject: arguments.inject,
+        })
     }
 }
 
@@ -171,13 +167,7 @@ mod tests {
         assert_eq!(config.source, Source::Fd(3));
         assert_eq!(config.settings.rings, 2);
         assert_eq!(config.settings.vram, 256 << 20);
-        assert_eq!(
-            config.settings.inject,
-            Inject {
-                stale_tlb: true,
-                lost_fault: false
-            }
-        );
+        assert_eq!(config.inject, ["stale-tlb".parse().unwrap()]);
         assert!(parse(&["--fd=3", "--rings=0"]).is_err());
         assert!(parse(&["--fd=3", "--rings=17"]).is_err());
     }

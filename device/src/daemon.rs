@@ -20,6 +20,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::cli::{Config, Source};
+use crate::gpu::inject::Injector;
 use crate::gpu::{Settings, StartError};
 use crate::relay;
 use crate::socket::{self, SocketFile};
@@ -148,7 +149,8 @@ impl End {
 
 /// Runs until the end is asked for, or until the one connection that was given is over.
 pub fn run(config: &Config) -> Result<(), Error> {
-    let settings = &config.settings;
+    let injector = Arc::new(Injector::new(&config.inject));
+    let settings = (&config.settings, &injector);
     match &config.source {
         Source::Path(path) => {
             // First, so that the socket does not stay behind.
@@ -185,7 +187,7 @@ fn given(fd: RawFd) -> Result<OwnedFd, Error> {
     }
 }
 
-fn serve_all(end: &End, settings: &Settings, listener: &UnixListener) -> Result<(), Error> {
+fn serve_all(end: &End, settings: (&Settings, &Arc<Injector>), listener: &UnixListener) -> Result<(), Error> {
     loop {
         let connection = Connection::prepare(settings)?;
         if !end.wait_for_connection(listener)? {
@@ -200,7 +202,7 @@ fn serve_all(end: &End, settings: &Settings, listener: &UnixListener) -> Result<
 
 /// Serves a frontend that is connected already. The library wants to accept connections itself, so it
 /// gets one from a socket of our own, and a thread hands everything over.
-fn serve_given(end: &End, settings: &Settings, frontend: UnixStream) -> Result<(), Error> {
+fn serve_given(end: &End, settings: (&Settings, &Arc<Injector>), frontend: UnixStream) -> Result<(), Error> {
     let connection = Connection::prepare(settings)?;
     let directory = tempfile::tempdir().map_err(system("make a temporary directory"))?;
     let file = SocketFile::bind(&directory.path().join("relay"))?;
@@ -233,9 +235,9 @@ struct Connection {
 }
 
 impl Connection {
-    fn prepare(settings: &Settings) -> Result<Self, Error> {
+    fn prepare(settings: (&Settings, &Arc<Injector>)) -> Result<Self, Error> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let backend = Arc::new(Backend::new(*settings, memory.clone())?);
+        let backend = Arc::new(Backend::new(*settings.0, settings.1.clone(), memory.clone())?);
         let stop_event = backend.stop_event();
         let stop =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(system("make an eventfd"))?;

@@ -148,8 +148,7 @@ impl<H: Host> Worker<H> {
             sequence,
             status: STATUS_OK,
             executed,
-            fault_va: 0,
-            repeats: 0,
+            ..Completion::default()
         })
     }
 

@@ -22,6 +22,7 @@ use pinion_abi::{EVENT_CONTEXT_ERROR, EVENT_FAULT, EventRecord, PAGE_SIZE};
 use super::context::Context;
 use super::event::EventLog;
 use super::execute::AccessFault;
+use super::inject::{Defect, Injector};
 use super::status::Error;
 
 /// How a stall ended.
@@ -92,8 +93,7 @@ pub struct FaultTable<T> {
     state: Mutex<State<T>>,
     woken: Condvar,
     log: Arc<EventLog>,
-    /// Every so many fault records one is dropped; zero: never. A deliberate defect.
-    lose_every: u64,
+    injector: Arc<Injector>,
 }
 
 impl<T> State<T> {
@@ -148,7 +148,7 @@ impl<T> State<T> {
 
 impl<T> FaultTable<T> {
     /// No faults, for `rings` rings. What happens is told to `log`.
-    pub fn new(rings: u16, log: Arc<EventLog>, lose_every: u64) -> Self {
+    pub fn new(rings: u16, log: Arc<EventLog>, injector: Arc<Injector>) -> Self {
         let slots = vec![Slot::Free; rings.into()];
         let state = State {
             last_id: 0,
@@ -160,7 +160,7 @@ impl<T> FaultTable<T> {
             state: Mutex::new(state),
             woken: Condvar::new(),
             log,
-            lose_every,
+            injector,
         }
     }
 
@@ -210,7 +210,7 @@ impl<T> FaultTable<T> {
                     lacking: fault.lacking,
                     stage: Stage::Active,
                 });
-                if id.checked_rem(self.lose_every) != Some(0) {
+                if !self.injector.strikes(Defect::LostFault) {
                     self.log.push(EventRecord {
                         kind: EVENT_FAULT,
                         ring: origin.ring,

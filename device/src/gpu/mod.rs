@@ -44,18 +44,22 @@ pub mod event;
 pub mod execute;
 pub mod fault;
 pub mod gate;
+pub mod inject;
 pub mod memory;
 pub mod page_table;
 pub mod request;
+pub mod statistics;
 pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod tlb;
 pub mod vram;
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use pinion_abi as abi;
 
@@ -63,33 +67,44 @@ use context::Contexts;
 use engine::{Engine, Worker};
 use event::EventLog;
 use fault::FaultTable;
+use inject::{Defect, Injector};
 use memory::SystemMemory;
 use page_table::{Budget, MAX_NODES};
 use request::{Invalidate, Request};
 use status::Error;
 use vram::Vram;
 
-/// One in so many fault records is lost with [`Inject::lost_fault`].
-const LOSE_EVERY: u64 = 4;
-
-/// Deliberate defects, with which tests prove that they can fail.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Inject {
-    /// INVALIDATE completes without having done anything.
-    pub stale_tlb: bool,
-    /// Every fourth fault is not reported.
-    pub lost_fault: bool,
-}
-
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Size of VRAM in bytes.
     pub vram: u64,
+    /// How much of it, from its beginning, is in the aperture.
+    pub aperture: u64,
     /// Number of rings.
     pub rings: u16,
-    /// Deliberate defects.
-    pub inject: Inject,
+    /// Number of engines, 1 to the number of rings.
+    pub engines: u16,
+    /// How long a submission may run, or wait for a semaphore or fence, before its context is in error.
+    pub watchdog: Option<Duration>,
+    /// How long everything takes to cross the bus, in one direction.
+    pub latency: Duration,
+    /// Bytes that cross the bus in a second; none: as many as the host can move.
+    pub bandwidth: Option<NonZeroU64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            vram: 256 << 20,
+            aperture: 0,
+            rings: 1,
+            engines: 1,
+            watchdog: None,
+            latency: Duration::ZERO,
+            bandwidth: None,
+        }
+    }
 }
 
 /// The other side of the core: where work comes from and answers go.
@@ -133,7 +148,7 @@ struct Shared<H: Host> {
     faults: FaultTable<H::Ticket>,
     engines: Vec<Engine>,
     ending: AtomicBool,
-    inject: Inject,
+    injector: Arc<Injector>,
 }
 
 /// Answer to a request.
@@ -164,16 +179,20 @@ pub struct Gpu<H: Host> {
 
 impl<H: Host> Gpu<H> {
     /// Makes a device, with an engine thread for each ring.
-    pub fn start(settings: &Settings, host: Arc<H>, log: Arc<EventLog>) -> Result<Self, StartError> {
-        let lose_every = if settings.inject.lost_fault { LOSE_EVERY } else { 0 };
+    pub fn start(
+        settings: &Settings,
+        host: Arc<H>,
+        log: Arc<EventLog>,
+        injector: Arc<Injector>,
+    ) -> Result<Self, StartError> {
         let shared = Arc::new(Shared {
             host,
             contexts: Contexts::new(Budget::new(MAX_NODES)),
             vram: Vram::new(settings.vram)?,
-            faults: FaultTable::new(settings.rings, log, lose_every),
+            faults: FaultTable::new(settings.rings, log, injector.clone()),
             engines: (0..settings.rings).map(|_| Engine::default()).collect(),
             ending: AtomicBool::new(false),
-            inject: settings.inject,
+            injector,
         });
         let mut gpu = Self {
             shared,
@@ -206,7 +225,12 @@ impl<H: Host> Gpu<H> {
             num_rings: settings.rings,
             va_bits: abi::VA_BITS,
             page_shift: abi::PAGE_SHIFT,
-            reserved: [0; 3],
+            aperture_size: settings.aperture,
+            max_counters: 0,
+            num_engines: settings.rings,
+            large_page_shift: abi::LARGE_PAGE_SHIFT,
+            reserved0: 0,
+            reserved: 0,
         }
     }
 
@@ -289,7 +313,7 @@ impl<H: Host> Gpu<H> {
             clear,
         } = *request;
         let found = self.shared.contexts.get(context)?;
-        if self.shared.inject.stale_tlb {
+        if self.shared.injector.strikes(Defect::StaleTlb) {
             return Ok(());
         }
         if clear {

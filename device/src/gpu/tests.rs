@@ -85,10 +85,10 @@ struct Rig {
 
 impl Rig {
     fn new(rings: u16) -> Self {
-        Self::with(rings, Inject::default())
+        Self::with(rings, &[])
     }
 
-    fn with(rings: u16, inject: Inject) -> Self {
+    fn with(rings: u16, inject: &[&str]) -> Self {
         let (completions_in, completions) = channel();
         let (replays_in, replays) = channel();
         let (events_in, events) = channel();
@@ -102,9 +102,12 @@ impl Rig {
         let settings = Settings {
             vram: VRAM,
             rings,
-            inject,
+            engines: rings,
+            ..Settings::default()
         };
-        let gpu = Gpu::start(&settings, host.clone(), log.clone()).unwrap();
+        let inject: Vec<_> = inject.iter().map(|text| text.parse().unwrap()).collect();
+        let injector = Arc::new(Injector::new(&inject));
+        let gpu = Gpu::start(&settings, host.clone(), log.clone(), injector).unwrap();
         let memory = Arc::new(PlainMemory::new(MEMORY as usize).unwrap());
         gpu.set_memory(memory.clone());
         Self {
@@ -683,7 +686,7 @@ fn a_replayed_access_makes_progress_even_if_the_page_is_taken_at_once() {
 
 /// Engines hammer a page that is taken from them again and again, and get another one. Whether each
 /// time, once INVALIDATE had completed, nothing changed in either any more.
-fn promise_is_kept(inject: Inject) -> bool {
+fn promise_is_kept(inject: &[&str]) -> bool {
     const RINGS: u16 = 2;
     const TURNS: u32 = 100;
     let mut rig = Rig::with(RINGS, inject);
@@ -732,15 +735,12 @@ fn promise_is_kept(inject: Inject) -> bool {
 
 #[test]
 fn the_invalidation_promise_is_kept() {
-    assert!(promise_is_kept(Inject::default()));
+    assert!(promise_is_kept(&[]));
 }
 
 #[test]
 fn the_test_of_the_promise_can_fail() {
-    assert!(!promise_is_kept(Inject {
-        stale_tlb: true,
-        ..Inject::default()
-    }));
+    assert!(!promise_is_kept(&["stale-tlb"]));
 }
 
 #[test]
@@ -886,13 +886,7 @@ fn what_the_driver_is_not_told_is_bounded() {
 
 #[test]
 fn a_lost_fault_is_lost() {
-    let mut rig = Rig::with(
-        1,
-        Inject {
-            lost_fault: true,
-            ..Inject::default()
-        },
-    );
+    let mut rig = Rig::with(1, &["lost-fault"]);
     rig.create(0);
     let told: Vec<u64> = (1..=8)
         .filter(|&number| {

@@ -30,6 +30,7 @@ use zerocopy::IntoBytes;
 use super::memory::GuestMap;
 use super::queues::{MAX_QUEUE_SIZE, Memory, Queues, Vring};
 use crate::gpu::event::EventLog;
+use crate::gpu::inject::Injector;
 use crate::gpu::request::MAX_REQUEST;
 use crate::gpu::{Answer, Gpu, Settings, StartError};
 
@@ -67,10 +68,10 @@ pub struct Backend {
 
 impl Backend {
     /// Makes a device whose guest memory is `memory`.
-    pub fn new(settings: Settings, memory: Memory) -> Result<Self, StartError> {
+    pub fn new(settings: Settings, injector: Arc<Injector>, memory: Memory) -> Result<Self, StartError> {
         let log = Arc::new(EventLog::default());
         let queues = Arc::new(Queues::new(memory, settings.rings, log.clone()));
-        let gpu = Gpu::start(&settings, queues.clone(), log)?;
+        let gpu = Gpu::start(&settings, queues.clone(), log, injector)?;
         Ok(Self {
             settings,
             queues,
