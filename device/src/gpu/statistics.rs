@@ -91,8 +91,6 @@ statistics! {
     hangs,
     /// PREFETCHes that found something missing.
     prefetches,
-    /// Events that the device dropped, as it may.
-    events_dropped,
     /// Counters of regions that reached their threshold.
     access_counts,
     /// Times that an engine took up a ring's work.
