@@ -42,10 +42,11 @@ impl Daemon {
     pub fn start(arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
+        let size = (!arguments.contains(&"--vram")).then_some(["--vram", "64M"]);
         let child = Command::new(env!("CARGO_BIN_EXE_pinion-device"))
             .arg("--socket-path")
             .arg(&socket)
-            .args(["--vram", "64M"])
+            .args(size.iter().flatten())
             .args(arguments)
             .stderr(Stdio::piped())
             .spawn()
