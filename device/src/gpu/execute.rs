@@ -22,7 +22,7 @@ use super::operation::{Atomic, Operation, Width, WriteBack};
 use super::timeline::Timelines;
 
 /// Most bytes that are moved at once.
-const PIECE: u64 = 64 << 10;
+const PIECE: u64 = 128 << 10;
 /// Length of the way of a number over the bus and back, in steps of one or two nanoseconds.
 const BUS_STEPS: u32 = 24;
 const PAGE: usize = PAGE_SIZE as usize;
