@@ -188,7 +188,9 @@ fn main() {
     table.push_str(&machine);
     if let Some(page) = page {
         // Cargo runs benchmarks in the directory of their package.
-        let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(page);
+        let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("..")
+            .join(page);
         write_into(page.to_str().expect("a path in UTF-8"), &table);
     }
 }

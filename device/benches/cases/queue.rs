@@ -125,7 +125,11 @@ impl Trip {
             }
             Self::Nop => {
                 let request = submission(0, 0, &[abi::Command::default()]);
-                (abi::QUEUE_FIRST_RING, request, size_of::<abi::Completion>() as u32)
+                (
+                    abi::QUEUE_FIRST_RING,
+                    request,
+                    size_of::<abi::Completion>() as u32,
+                )
             }
         }
     }
@@ -269,7 +273,10 @@ impl Pair for Invalidations {
             let start = Instant::now();
             machine.invalidate();
             took += start.elapsed();
-            while tokens.front().is_some_and(|&token| machine.guest.is_complete(0, token)) {
+            while tokens
+                .front()
+                .is_some_and(|&token| machine.guest.is_complete(0, token))
+            {
                 if let Some(token) = tokens.pop_front() {
                     assert_eq!(machine.guest.completion(0, token).status, abi::STATUS_OK);
                 }

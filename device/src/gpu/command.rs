@@ -160,7 +160,11 @@ impl Command {
             abi::COMMAND_CHASE => Self::decode_chase(&mut rest)?,
             _ => return Err(Error::Unsupported),
         };
-        if is_zero(&rest) { Ok(command) } else { Err(Error::Invalid) }
+        if is_zero(&rest) {
+            Ok(command)
+        } else {
+            Err(Error::Invalid)
+        }
     }
 
     fn decode_copy(rest: &mut abi::Command) -> Result<Self, Error> {

@@ -471,12 +471,20 @@ impl PageTable {
 
     /// The valid entry for the page that `va` is in, if there is one.
     pub fn get(&self, va: u64) -> Option<Translation> {
-        if va >= VA_END { None } else { self.root.get(va, false) }
+        if va >= VA_END {
+            None
+        } else {
+            self.root.get(va, false)
+        }
     }
 
     /// The translation of `va`, of as large a page as there is: a block counts as one.
     pub fn translate(&self, va: u64) -> Option<Translation> {
-        if va >= VA_END { None } else { self.root.get(va, true) }
+        if va >= VA_END {
+            None
+        } else {
+            self.root.get(va, true)
+        }
     }
 
     /// Writes `entries` from the page at `va` on, a large one if `large`: all of them, or after an error
