@@ -24,9 +24,12 @@ use crate::shape::{self, MEMORY, Odds};
 const PATIENCE: Duration = Duration::from_secs(20);
 const MAX_STEPS: usize = 200;
 
+/// Submissions with their tickets, and how many were taken before.
+type Ring = (VecDeque<(u64, Vec<u8>)>, u64);
+
 #[derive(Default)]
 struct Lists {
-    rings: Vec<(VecDeque<(u64, Vec<u8>)>, u64)>,
+    rings: Vec<Ring>,
     /// Submissions that have not completed.
     submitted: HashSet<u64>,
     /// REPLAYs that have not been answered.

@@ -13,7 +13,7 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -23,7 +23,7 @@ impl Random {
     /// A number below `end`, which is not zero.
     pub fn below(&mut self, end: usize) -> usize {
         // The upper bits are the better ones.
-        ((self.next() >> 32) % end as u64) as usize
+        ((self.number() >> 32) % end as u64) as usize
     }
 }
 
@@ -51,9 +51,9 @@ pub fn mutate(random: &mut Random, seed: &[u8], other: &[u8], most: usize) -> Ve
         let length = 1 + random.below(16);
         match random.below(8) {
             0 if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
-            1 if at < bytes.len() => bytes[at] = random.next() as u8,
+            1 if at < bytes.len() => bytes[at] = random.number() as u8,
             2 => {
-                let new: Vec<_> = (0..length).map(|_| random.next() as u8).collect();
+                let new: Vec<_> = (0..length).map(|_| random.number() as u8).collect();
                 bytes.splice(at..at, new);
             }
             3 => _ = bytes.drain(at..bytes.len().min(at + length)),
@@ -78,7 +78,7 @@ pub fn mutate(random: &mut Random, seed: &[u8], other: &[u8], most: usize) -> Ve
             _ if at < bytes.len() => {
                 bytes[at] = bytes[at].wrapping_add(if random.below(2) == 0 { 1 } else { 255 })
             }
-            _ => bytes.push(random.next() as u8),
+            _ => bytes.push(random.number() as u8),
         }
     }
     bytes.truncate(most);

@@ -57,7 +57,7 @@ pub fn entry(u: &mut Unstructured<'_>) -> Result<u64> {
     let vram = if u.arbitrary()? { abi::PTE_VRAM } else { 0 };
     // Some of them behind the end.
     let page = u.int_in_range(0..=MEMORY / abi::PAGE_SIZE + 1)?;
-    Ok(rights | vram | page * abi::PAGE_SIZE)
+    Ok(rights | vram | (page * abi::PAGE_SIZE))
 }
 
 /// A command.

@@ -48,7 +48,7 @@ fn short_run(name: &str) {
     mutate::explore(
         &inputs,
         target.most,
-        0x70_696e_696f_6e,
+        0x7069_6e69_6f6e,
         target.tries,
         |number, data| {
             if target.tries < 10_000 {
