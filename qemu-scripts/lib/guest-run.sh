@@ -109,7 +109,7 @@ DEVICE_PIDS=()
 
 device_command() { # SOCKET
     local command=("$DEVICE" --socket-path "$1")
-    ((RINGS == 1)) || command+=(--rings "$RINGS")
+    command+=(--rings "$RINGS")
     command+=("${DEVICE_OPTIONS[@]}")
     printf '%s\0' "${command[@]}"
 }
