@@ -117,6 +117,13 @@ impl Contexts {
         self.map.lock().get(&id).cloned().ok_or(Error::NoContext)
     }
 
+    /// All of them, by number.
+    pub fn all(&self) -> Vec<Arc<Context>> {
+        let mut all: Vec<_> = self.map.lock().values().cloned().collect();
+        all.sort_unstable_by_key(|context| context.id());
+        all
+    }
+
     /// Takes one out, destroyed.
     pub fn remove(&self, id: u32) -> Result<Arc<Context>, Error> {
         let context = self.map.lock().remove(&id).ok_or(Error::NoContext)?;

@@ -23,6 +23,7 @@ use super::context::Context;
 use super::event::EventLog;
 use super::execute::AccessFault;
 use super::inject::{Defect, Injector};
+use super::state::{Activity, FaultState};
 use super::status::Error;
 
 /// How a stall ended.
@@ -57,6 +58,7 @@ struct Fault<T> {
     context: u32,
     page: u64,
     lacking: u8,
+    reason: u8,
     stage: Stage<T>,
 }
 
@@ -208,6 +210,7 @@ impl<T> FaultTable<T> {
                     context,
                     page,
                     lacking: fault.lacking,
+                    reason: fault.reason,
                     stage: Stage::Active,
                 });
                 if !self.injector.strikes(Defect::LostFault) {
@@ -277,6 +280,31 @@ impl<T> FaultTable<T> {
     /// Reports how the retry of a waiter went.
     pub fn report(&self, id: u64, got_through: bool) -> Option<Replayed<T>> {
         self.state.lock().report(id, got_through)
+    }
+
+    /// All faults, and what each ring is stalled on, if it is.
+    pub fn look(&self) -> (Vec<FaultState>, Vec<Option<Activity>>) {
+        let state = self.state.lock();
+        let describe = |fault: &Fault<T>| FaultState {
+            fault: fault.id,
+            context: fault.context,
+            va: fault.page,
+            reason: fault.reason,
+            stalled: state.stalled_on(fault.id),
+            replaying: matches!(fault.stage, Stage::Replaying { .. }),
+        };
+        let faults: Vec<_> = state.faults.iter().map(describe).collect();
+        let stalled = |slot: &Slot| {
+            let Slot::Stalled(id) = slot else { return None };
+            let fault = faults.iter().find(|fault| fault.fault == *id)?;
+            Some(Activity::Stalled {
+                fault: *id,
+                va: fault.va,
+                reason: fault.reason,
+            })
+        };
+        let rings = state.slots.iter().map(stalled).collect();
+        (faults, rings)
     }
 
     /// How many rings are stalled on a fault.

@@ -48,6 +48,7 @@ pub mod inject;
 pub mod memory;
 pub mod page_table;
 pub mod request;
+pub mod state;
 pub mod statistics;
 pub mod status;
 #[cfg(test)]
@@ -71,6 +72,8 @@ use inject::{Defect, Injector};
 use memory::SystemMemory;
 use page_table::{Budget, MAX_NODES};
 use request::{Invalidate, Request};
+use state::{Activity, ContextState, DeviceState, RingState, State};
+use statistics::Statistics;
 use status::Error;
 use vram::Vram;
 
@@ -149,6 +152,9 @@ struct Shared<H: Host> {
     engines: Vec<Engine>,
     ending: AtomicBool,
     injector: Arc<Injector>,
+    statistics: Arc<Statistics>,
+    log: Arc<EventLog>,
+    started: std::time::Instant,
 }
 
 /// Answer to a request.
@@ -189,10 +195,13 @@ impl<H: Host> Gpu<H> {
             host,
             contexts: Contexts::new(Budget::new(MAX_NODES)),
             vram: Vram::new(settings.vram)?,
-            faults: FaultTable::new(settings.rings, log, injector.clone()),
+            faults: FaultTable::new(settings.rings, log.clone(), injector.clone()),
             engines: (0..settings.rings).map(|_| Engine::default()).collect(),
             ending: AtomicBool::new(false),
             injector,
+            statistics: Arc::default(),
+            log,
+            started: std::time::Instant::now(),
         });
         let mut gpu = Self {
             shared,
@@ -217,7 +226,11 @@ impl<H: Host> Gpu<H> {
         abi::Config {
             magic: abi::MAGIC,
             version: abi::VERSION,
-            features: 0,
+            features: if settings.aperture > 0 {
+                abi::FEATURE_APERTURE
+            } else {
+                0
+            },
             vram_size: settings.vram,
             max_contexts: context::MAX_CONTEXTS,
             max_batch: command::MAX_BATCH,
@@ -360,6 +373,40 @@ impl<H: Host> Gpu<H> {
             engine.gate.notify();
         }
         shared.vram.clear();
+    }
+
+    /// What the device has counted.
+    pub fn statistics(&self) -> &Arc<Statistics> {
+        &self.shared.statistics
+    }
+
+    /// What the device is doing.
+    pub fn state(&self) -> State {
+        let shared = &*self.shared;
+        let contexts = shared.contexts.all();
+        let describe = |context: Arc<context::Context>| ContextState {
+            id: context.id(),
+            status: status::code(&context.check()),
+            page_table_nodes: context.table.read().nodes(),
+        };
+        let (faults, rings) = shared.faults.look();
+        let ring = |(number, stalled): (usize, Option<Activity>)| RingState {
+            ring: number as u16,
+            engine: number as u16,
+            activity: stalled.unwrap_or_default(),
+            ..RingState::default()
+        };
+        State {
+            device: DeviceState {
+                vram_size: shared.vram.size(),
+                vram_used: shared.vram.used(),
+                time: u64::try_from(shared.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            },
+            contexts: contexts.into_iter().map(describe).collect(),
+            rings: rings.into_iter().enumerate().map(ring).collect(),
+            faults,
+            pending_events: shared.log.len(),
+        }
     }
 
     /// VRAM.
