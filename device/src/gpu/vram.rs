@@ -107,8 +107,11 @@ impl Vram {
     }
 
     /// The file that it is, for others to map. It cannot be made smaller or larger.
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn duplicate(&self) -> Result<File, Error> {
+        self.file.try_clone().map_err(|source| Error::File {
+            size: self.size,
+            source,
+        })
     }
 
     /// The `length` bytes at `offset`, if all of them exist.
