@@ -22,7 +22,7 @@ use super::gate::Gate;
 use super::inject::Defect;
 use super::lane::{Lane, State, Task};
 use super::share::Shares;
-use super::status::{self, Error};
+use super::status::Error;
 use super::{Host, Shared};
 
 /// How long an engine works for one ring before it looks whether another one should be served.
@@ -479,7 +479,7 @@ impl<H: Host> Worker<H> {
             let submission = match Submission::decode(&lane.bytes, rings, &mut lane.commands) {
                 Ok(submission) => submission,
                 Err((sequence, error)) => {
-                    self.complete(lane, Some(ticket), sequence, failure(error));
+                    self.complete(lane, Some(ticket), sequence, self.failure(error));
                     continue;
                 }
             };
@@ -490,7 +490,7 @@ impl<H: Host> Worker<H> {
                 Ok(context) if context.is_meant_by(lane.ring, position) => context,
                 _ => {
                     let error = shared.without_context(lane.ring, position);
-                    self.complete(lane, Some(ticket), submission.sequence, failure(error));
+                    self.complete(lane, Some(ticket), submission.sequence, self.failure(error));
                     continue;
                 }
             };
@@ -515,19 +515,30 @@ impl<H: Host> Worker<H> {
         let Some(mut task) = lane.task.take() else { return };
         let retried = task.retried.take();
         self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
-        let repeats = match (&result, &task.execution) {
-            (Err(_), Some(execution)) => execution.repeats(),
-            _ => 0,
-        };
-        let completion = Completion {
-            status: status::code(&result),
+        let mut completion = Completion {
             executed: task.executed,
-            fault_va: va,
-            repeats,
             ..Completion::default()
         };
+        if let Err(error) = result {
+            completion = Completion {
+                status: self.failure(error).status,
+                fault_va: va,
+                repeats: task.execution.as_ref().map_or(0, Execution::repeats),
+                ..completion
+            };
+        }
         self.shared.statistics.commands.add(task.executed.into());
         self.complete(lane, task.ticket, task.sequence, completion);
+    }
+
+    /// Notes that a submission fails.
+    fn failure(&self, error: Error) -> Completion {
+        self.shared.statistics.submissions_failed.count();
+        self.shared.refused("a submission", error);
+        Completion {
+            status: error.code(),
+            ..Completion::default()
+        }
     }
 
     /// Answers a submission. (One that was answered too early has no ticket any more.)
@@ -541,14 +552,6 @@ impl<H: Host> Worker<H> {
         let shared = &*self.shared;
         let Some(ticket) = ticket else { return };
         shared.statistics.submissions.count();
-        if completion.status != pinion_abi::STATUS_OK {
-            shared.statistics.submissions_failed.count();
-            log::debug!(
-                "ring {}: submission {sequence} ends with status {}",
-                lane.ring,
-                completion.status
-            );
-        }
         let completion = Completion {
             sequence,
             timeline: shared.timelines.advance(lane.ring, sequence),
@@ -597,13 +600,6 @@ fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
         State::Idle | State::Stalled(_) => None,
     });
     times.min().map_or(Wait::Forever, Wait::Until)
-}
-
-fn failure(error: Error) -> Completion {
-    Completion {
-        status: error.code(),
-        ..Completion::default()
-    }
 }
 
 /// Works on the task of a lane, inside the gate.
