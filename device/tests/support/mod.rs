@@ -324,6 +324,16 @@ impl Virtqueue {
         token
     }
 
+    /// What the device is kicked with.
+    pub fn kicker(&self) -> EventFd {
+        self.kick.try_clone().unwrap()
+    }
+
+    /// Where the available and the used index are.
+    pub fn indices(&self) -> (u64, u64) {
+        (self.driver_area() + 2, self.device_area() + 2)
+    }
+
     /// Whether the device has notified the driver since this was asked for, or waited for, last.
     pub fn was_notified(&self) -> bool {
         self.call.read().is_ok()
