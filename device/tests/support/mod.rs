@@ -41,7 +41,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// In its sandbox, as all but a few are.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::spawn(|command, _| {
+            command.arg("--sandbox").args(arguments);
+        })
+    }
+
+    pub fn without_sandbox(arguments: &[&str]) -> Self {
         Self::spawn(|command, _| {
             command.args(arguments);
         })
@@ -50,7 +57,8 @@ impl Daemon {
     /// With a control socket too.
     pub fn with_control(arguments: &[&str]) -> Self {
         let mut daemon = Self::spawn(|command, control| {
-            command.args(arguments).arg("--control-path").arg(control);
+            command.arg("--sandbox").args(arguments);
+            command.arg("--control-path").arg(control);
         });
         connect(&daemon.control, &mut daemon.child);
         daemon
@@ -333,6 +341,16 @@ impl Virtqueue {
         let token = self.add(request, room);
         self.kick(since);
         token
+    }
+
+    /// What the device is kicked with.
+    pub fn kicker(&self) -> EventFd {
+        self.kick.try_clone().unwrap()
+    }
+
+    /// Where the available and the used index are.
+    pub fn indices(&self) -> (u64, u64) {
+        (self.driver_area() + 2, self.device_area() + 2)
     }
 
     /// Whether the device has notified the driver since this was asked for, or waited for, last.
