@@ -3,11 +3,13 @@
 //! Pinion, a virtual GPU: a vhost-user device.
 //!
 //! `main` turns the command line into a [`cli::Config`], [`daemon`] serves one frontend after the other
-//! with it, [`transport`] is the vhost-user side of a connection, and [`gpu`] the device itself.
+//! with it, [`transport`] is the vhost-user side of a connection, and [`gpu`] the device itself,
+//! whose locks and threads are those of [`sync`].
 
 pub mod cli;
 pub mod daemon;
 pub mod gpu;
 mod relay;
 pub mod socket;
+pub mod sync;
 pub mod transport;
