@@ -9,14 +9,13 @@
 //! ```
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
 use pinion_abi as abi;
 
 use super::page_table::{Budget, PageTable};
 use super::status::Error;
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, RwLock};
 
 /// Number of contexts; their ids are below it.
 pub const MAX_CONTEXTS: u32 = 1024;

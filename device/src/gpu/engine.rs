@@ -7,11 +7,8 @@
 //! slice goes to the context that has had the least time: a context with many busy rings gets no more than one
 //! with a single ring. A ring whose stalled access is replayed comes first, for the driver waits for that.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use pinion_abi::{ACCESS_READ, Completion};
 
 use super::access::{AccessFault, Tally, Trouble, Window};
@@ -24,6 +21,8 @@ use super::lane::{Lane, State, Task};
 use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Condvar, Instant, Mutex, now};
 
 /// How long an engine works for one ring before it looks whether another one should be served.
 const SLICE: Duration = Duration::from_micros(100);
@@ -147,7 +146,7 @@ impl<H: Host> Worker<H> {
             if shared.ending.load(Ordering::Relaxed) {
                 break;
             }
-            let now = Instant::now();
+            let now = now();
             for lane in &mut lanes {
                 self.look(lane, bell, now);
             }
@@ -248,25 +247,25 @@ impl<H: Host> Worker<H> {
 
     /// Works for a lane, for a while.
     fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) {
-        let begin = Instant::now();
-        let mut now = begin;
+        let begin = now();
+        let mut last = begin;
         self.shared.statistics.slices.count();
         lane.served = self.shares.turn();
         self.shared.publish(lane.ring, lane.state);
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
-            self.step(engine, lane, now);
-            let after = Instant::now();
-            let spent = after.saturating_duration_since(now);
+            self.step(engine, lane, last);
+            let after = now();
+            let spent = after.saturating_duration_since(last);
             self.shares.charge(context, spent);
-            now = after;
+            last = after;
             if let Some(task) = &mut lane.task {
                 task.worked = task.worked.saturating_add(spent);
-                if self.is_hung(task, now) {
+                if self.is_hung(task, last) {
                     self.hang(lane);
                 }
             }
-            if now.saturating_duration_since(begin) >= SLICE {
+            if last.saturating_duration_since(begin) >= SLICE {
                 break;
             }
             if lane.task.is_none() && matches!(lane.state, State::Ready) {
@@ -596,7 +595,7 @@ fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
         State::Waiting { next } => Some(next),
         State::Crossing(until) => Some(until),
         // It has refused so many submissions that others had to be looked at.
-        State::Ready => Some(Instant::now()),
+        State::Ready => Some(now()),
         State::Idle | State::Stalled(_) => None,
     });
     times.min().map_or(Wait::Forever, Wait::Until)

@@ -8,10 +8,10 @@
 
 use std::collections::VecDeque;
 
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_FAULT, EVENT_PREFETCH, EventRecord};
 
 use super::statistics::Counter;
+use crate::sync::Mutex;
 
 /// Most hints that wait; more are dropped, as hints may be.
 const MAX_HINTS: usize = 256;

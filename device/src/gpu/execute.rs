@@ -6,7 +6,7 @@
 //! beyond what it has counted as done, so the command goes on from exactly there when it is tried again.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinion_abi::{ACCESS_READ, ACCESS_WRITE, ChaseResult, EVENT_PREFETCH, EventRecord, PAGE_SIZE, PTE_VRAM};
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
@@ -19,6 +19,7 @@ use super::event::EventLog;
 use super::inject::Defect;
 use super::operation::{Atomic, Operation, Width, WriteBack};
 use super::timeline::Timelines;
+use crate::sync::{now, point};
 
 /// Most bytes that are moved at once.
 const PIECE: u64 = 64 << 10;
@@ -614,14 +615,15 @@ impl Page<'_> {
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
 fn bus(round_trip: Duration) {
+    point();
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
         number = std::hint::black_box(number).rotate_left(1);
     }
     std::hint::black_box(number);
     if !round_trip.is_zero() {
-        let start = Instant::now();
-        while start.elapsed() < round_trip {
+        let start = now();
+        while now().saturating_duration_since(start) < round_trip {
             std::hint::spin_loop();
         }
     }

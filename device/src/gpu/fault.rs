@@ -14,9 +14,6 @@
 //! stalled again (on another fault: one that is being replayed takes no new waiters), its context
 //! ended. So a REPLAY always completes.
 
-use std::sync::Arc;
-
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_CONTEXT_ERROR, EVENT_FAULT, EventRecord, PAGE_SIZE};
 
 use super::access::AccessFault;
@@ -26,6 +23,7 @@ use super::inject::{Defect, Injector};
 use super::state::{Activity, FaultState};
 use super::statistics::Statistics;
 use super::status::Error;
+use crate::sync::{Arc, Mutex};
 
 /// Rings whose stall has ended: their engines are to be woken.
 #[must_use = "whoever ends a stall wakes the engine"]

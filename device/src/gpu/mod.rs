@@ -70,9 +70,6 @@ pub mod tlb;
 pub mod vram;
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pinion_abi as abi;
@@ -95,6 +92,9 @@ use timeline::Timelines;
 use vram::Vram;
 
 use crate::rate_limit::{RateLimit, warn_limited};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use crate::sync::thread::{self, JoinHandle};
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -358,7 +358,7 @@ impl<H: Host> Gpu<H> {
         };
         for engine in 0..engines {
             let worker = Worker::new(gpu.shared.clone(), engine.into());
-            let thread = std::thread::Builder::new()
+            let thread = thread::Builder::new()
                 .name(format!("engine{engine}"))
                 .spawn(move || worker.run())
                 .map_err(StartError::Thread)?;
