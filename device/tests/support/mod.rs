@@ -69,8 +69,11 @@ impl Daemon {
         let socket = directory.path().join("socket");
         let control = directory.path().join("control");
         let mut command = Command::new(env!("CARGO_BIN_EXE_pinion-device"));
-        command.arg("--socket-path").arg(&socket).args(["--vram", "64M"]);
+        command.arg("--socket-path").arg(&socket);
         add(&mut command, &control);
+        if !command.get_args().any(|argument| argument == "--vram") {
+            command.args(["--vram", "64M"]);
+        }
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
         Self {
             child,
