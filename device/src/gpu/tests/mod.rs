@@ -13,6 +13,7 @@ mod indirect;
 mod injections;
 mod promise;
 mod waiting;
+mod watchdog;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
