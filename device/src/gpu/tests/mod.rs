@@ -5,6 +5,7 @@
 //! Here is what the tests have in common: a host that keeps work in queues, and a [`Rig`] with a device in it. Nothing
 //! waits without a limit, and what it waited for is in the message when the limit is reached.
 
+mod chase;
 mod commands;
 mod contexts;
 mod engines;
