@@ -12,6 +12,8 @@ mod engines;
 mod faults;
 mod indirect;
 mod injections;
+mod large;
+mod prefetch;
 mod promise;
 mod waiting;
 mod watchdog;
