@@ -8,6 +8,7 @@
 mod chase;
 mod commands;
 mod contexts;
+mod counting;
 mod engines;
 mod faults;
 mod indirect;
