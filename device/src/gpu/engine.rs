@@ -113,6 +113,8 @@ pub(super) struct Worker<H: Host> {
     lanes: Vec<Lane<H::Ticket>>,
     shares: Shares,
     tally: Tally,
+    /// How long the device was stopped since the last look at this.
+    stopped: Duration,
 }
 
 impl<H: Host> Worker<H> {
@@ -129,6 +131,7 @@ impl<H: Host> Worker<H> {
             lanes,
             shares: Shares::default(),
             tally: Tally::default(),
+            stopped: Duration::ZERO,
         }
     }
 
@@ -154,6 +157,10 @@ impl<H: Host> Worker<H> {
                 Some(index) => {
                     if let Some(lane) = lanes.get_mut(index) {
                         self.slice(engine, lane);
+                    }
+                    let stopped = std::mem::take(&mut self.stopped);
+                    if !stopped.is_zero() {
+                        postpone(&mut lanes, stopped);
                     }
                     Wait::No
                 }
@@ -254,13 +261,18 @@ impl<H: Host> Worker<H> {
         self.shared.publish(lane.ring, lane.state);
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
+            let stopped = self.stopped;
             self.step(engine, lane, last);
+            let stopped = self.stopped.saturating_sub(stopped);
             let after = now();
-            let spent = after.saturating_duration_since(last);
+            let spent = after.saturating_duration_since(last).saturating_sub(stopped);
             self.shares.charge(context, spent);
             last = after;
             if let Some(task) = &mut lane.task {
-                task.worked = task.worked.saturating_add(spent);
+                // While it waits, all of the time counts.
+                if task.waiting.is_none() {
+                    task.worked = task.worked.saturating_add(spent);
+                }
                 if self.is_hung(task, last) {
                     self.hang(lane);
                 }
@@ -288,8 +300,15 @@ impl<H: Host> Worker<H> {
         let Some(task) = &mut lane.task else { return };
         if std::mem::take(&mut task.moved) {
             let retried = task.retried.take();
-            task.waiting = None;
             self.replayed(retried.and_then(|id| self.shared.faults.report(id, true)));
+        }
+        // To look again in vain is no end of waiting.
+        if !matches!(stay, Stay::Waiting) {
+            if let Some((since, _)) = task.waiting.take() {
+                let waited = now.saturating_duration_since(since);
+                let waited = waited.saturating_sub(self.stopped);
+                task.worked = task.worked.saturating_add(waited);
+            }
         }
         let news = std::mem::take(&mut task.news);
         if news.events {
@@ -341,7 +360,9 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
+                let begin = Instant::now();
                 engine.gate.wait(&mut inside);
+                self.stopped = self.stopped.saturating_add(begin.elapsed());
                 continue;
             }
             let inside = &mut *inside;
@@ -424,9 +445,9 @@ impl<H: Host> Worker<H> {
     }
 
     fn is_hung(&self, task: &Task<H::Ticket>, now: Instant) -> bool {
-        let waited = task
-            .waiting
-            .map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
+        let waited = task.waiting.map_or(Duration::ZERO, |(since, _)| {
+            now.saturating_duration_since(since).saturating_sub(self.stopped)
+        });
         self.shared
             .watchdog
             .is_some_and(|limit| task.worked.saturating_add(waited) >= limit)
@@ -585,6 +606,15 @@ impl<H: Host> Worker<H> {
     fn replayed(&self, replayed: Option<Replayed<H::Ticket>>) {
         if let Some(Replayed { ticket, through }) = replayed {
             self.shared.host.replayed(ticket, through);
+        }
+    }
+}
+
+/// Has what waits for numbers have waited less long by `stopped`, in which the device did not go on.
+fn postpone<T>(lanes: &mut [Lane<T>], stopped: Duration) {
+    for lane in lanes {
+        if let Some((since, _)) = lane.task.as_mut().and_then(|task| task.waiting.as_mut()) {
+            *since = since.checked_add(stopped).unwrap_or(*since);
         }
     }
 }

@@ -459,7 +459,7 @@ impl<H: Host> Gpu<H> {
             Request::Query(query) => return self.query(query),
             Request::Count(request) => {
                 let context = shared.contexts.get(request.context)?;
-                let any = shared.counters.set(&request)?;
+                let any = shared.counters.set(&request, &shared.log)?;
                 context.set_counting(any);
             }
         }

@@ -128,11 +128,16 @@ impl Vram {
         }
     }
 
+    /// Whether any page has lost what was in it.
+    #[inline]
+    pub fn has_poison(&self) -> bool {
+        self.poison.any.load(Ordering::Relaxed)
+    }
+
     /// Whether the page at `offset` has lost what was in it.
     #[inline]
     pub fn is_poisoned(&self, offset: u64) -> bool {
-        self.poison.any.load(Ordering::Relaxed)
-            && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
+        self.has_poison() && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
     }
 
     /// Makes all of it zero, heals it, and gives the memory behind it back.
