@@ -454,11 +454,15 @@ impl<H: Host> Worker<H> {
             position: task.position,
             sequence: task.sequence,
         };
-        let woken = self.shared.faults.fail(origin, va, error);
-        self.shared.wake(woken);
-        self.shared.poke();
-        self.shared.host.events();
-        self.finish(lane, Err(error), va);
+        match self.shared.faults.fail(origin, va, error) {
+            Ok(woken) => {
+                self.shared.wake(woken);
+                self.shared.poke();
+                self.shared.host.events();
+                self.finish(lane, Err(error), va);
+            }
+            Err(ended) => self.finish(lane, Err(ended), 0),
+        }
     }
 
     /// Takes the next submission of a lane that has none. Leaves it idle if there is none.

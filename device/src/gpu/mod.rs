@@ -490,8 +490,8 @@ impl<H: Host> Gpu<H> {
 
     fn reset_context(&self, id: u32) -> Result<(), Error> {
         let shared = &*self.shared;
-        shared.contexts.reset(id, &shared.positions())?;
-        let woken = shared.faults.end_context(id, Error::Reset);
+        let context = shared.contexts.get(id)?;
+        let woken = shared.faults.reset_context(&context, &shared.positions());
         // Through all gates once: what was in flight has ended.
         self.interrupt(woken);
         Ok(())
