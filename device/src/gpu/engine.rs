@@ -364,9 +364,9 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
-                let begin = Instant::now();
+                let begin = now();
                 engine.gate.wait(&mut inside);
-                self.stopped = self.stopped.saturating_add(begin.elapsed());
+                self.stopped = self.stopped.saturating_add(now().saturating_duration_since(begin));
                 continue;
             }
             let inside = &mut *inside;
