@@ -81,6 +81,7 @@ fn new_eventfd() -> OwnedFd {
 /// The device, as the daemon sets it up for one connection.
 struct Device {
     daemon: VhostUserDaemon<Arc<Backend>>,
+    backend: Arc<Backend>,
     stop: OwnedFd,
 }
 
@@ -102,7 +103,7 @@ impl Device {
         let backend = Arc::new(backend.unwrap_or_else(|error| panic!("{error}")));
         let stop_event = backend.stop_event();
         let stop = new_eventfd();
-        let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory)
+        let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory)
             .unwrap_or_else(|error| panic!("{error}"));
         for worker in daemon.get_epoll_handlers() {
             worker
@@ -116,13 +117,19 @@ impl Device {
         daemon
             .start(&mut Listener::from(listener))
             .unwrap_or_else(|error| panic!("{error}"));
-        (Self { daemon, stop }, stream)
+        let device = Self {
+            daemon,
+            backend,
+            stop,
+        };
+        (device, stream)
     }
 
     /// The frontend has gone.
     fn end(mut self) {
         // However the connection has ended.
         let _ = self.daemon.wait();
+        self.backend.close();
         let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
     }
 }

@@ -19,10 +19,8 @@
 //! and if somebody waits, for no more than one piece of its work, so INVALIDATE waits for microseconds; and since
 //! it does that one piece in any case, an engine among a storm of invalidations comes forward too.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::memory::{NoMemory, SystemMemory};
 use super::tlb::Tlb;

@@ -4,14 +4,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use pinion_abi::PAGE_SIZE;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// Smallest VRAM that can be asked for.
 pub const MIN_SIZE: u64 = 1 << 20;
@@ -107,8 +108,11 @@ impl Vram {
     }
 
     /// The file that it is, for others to map. It cannot be made smaller or larger.
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn duplicate(&self) -> Result<File, Error> {
+        self.file.try_clone().map_err(|source| Error::File {
+            size: self.size,
+            source,
+        })
     }
 
     /// The `length` bytes at `offset`, if all of them exist.
