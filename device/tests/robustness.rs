@@ -257,7 +257,7 @@ fn messages_that_ask_for_what_cannot_be() {
             raw.send(ADD_MEM_REG, &[0, 0, u64::MAX, BASE, 0], &[fd]);
         }),
         ("a queue that is not there", |raw, _| {
-            raw.send(SET_VRING_NUM, &[200 | NUMBER * 128], &[]);
+            raw.send(SET_VRING_NUM, &[200 | (NUMBER * 128)], &[]);
         }),
         ("an endless queue", |raw, _| {
             raw.send(SET_VRING_NUM, &[NUMBER * 65_536], &[])
