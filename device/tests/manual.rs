@@ -95,13 +95,17 @@ fn the_manual_page_is_what_the_command_line_says() {
 }
 
 #[test]
-fn the_manual_page_names_every_option() {
+fn the_manual_page_and_the_specification_name_every_option() {
     let page = page();
+    let specification = include_str!("../../docs/device.md");
     let command = Arguments::command();
     for option in command.get_opts().filter_map(|option| option.get_long()) {
         assert!(page.contains(&escape(&format!("--{option}"))), "{option}");
+        assert!(specification.contains(&format!("--{option}")), "{option}");
     }
     for request in ["statistics", "state", "injections", "inject", "clear", "version"] {
         assert!(page.contains(&format!(".TP\n\\fB{request}\\fR")), "{request}");
+        let specification = include_str!("../../docs/control.md");
+        assert!(specification.contains(&format!("\n| `{request}` |")), "{request}");
     }
 }
