@@ -251,7 +251,11 @@ impl<H: Host> Worker<H> {
         let mut last = begin;
         self.shared.statistics.slices.count();
         lane.served = self.shares.turn();
-        self.shared.publish(lane.ring, lane.state);
+        if lane.task.as_ref().is_some_and(|task| task.waiting.is_some()) {
+            self.shared.publish_waiting(lane.ring);
+        } else {
+            self.shared.publish(lane.ring, lane.state);
+        }
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
             self.step(engine, lane, last);
@@ -288,8 +292,11 @@ impl<H: Host> Worker<H> {
         let Some(task) = &mut lane.task else { return };
         if std::mem::take(&mut task.moved) {
             let retried = task.retried.take();
-            task.waiting = None;
             self.replayed(retried.and_then(|id| self.shared.faults.report(id, true)));
+        }
+        // To look again in vain is no end of waiting.
+        if !matches!(stay, Stay::Waiting) {
+            task.waiting = None;
         }
         let news = std::mem::take(&mut task.news);
         if news.events {
@@ -410,11 +417,13 @@ impl<H: Host> Worker<H> {
 
     fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
         let Some(task) = &mut lane.task else { return };
-        let (since, pause) = match task.waiting {
-            Some((since, pause)) => (since, pause.saturating_mul(2).min(POLL_LAST)),
-            None => (now, POLL_FIRST),
+        let Some((since, pause)) = task.waiting else {
+            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
+            task.waiting = Some((now, POLL_FIRST));
+            self.shared.publish_waiting(lane.ring);
+            return;
         };
-        task.waiting = Some((since, pause));
+        task.waiting = Some((since, pause.saturating_mul(2).min(POLL_LAST)));
         if self.is_hung(task, now) {
             self.hang(lane);
             return;
@@ -654,12 +663,13 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
         };
         let (before, crossed) = (execution.moves(), window.tally.bus);
         let progress = execution.go_on(window, &around, &mut lane.scratch, &mut budget);
-        task.moved |= execution.moves() != before;
+        let moved = execution.moves() != before;
+        task.moved |= moved;
+        // Also if it does not get to its end now: it may stall, and somebody may wait for what it has done so far.
+        task.news.signal |= execution.signals(moved);
         match progress {
             Ok(Progress::Done) => {
-                let news = execution.news();
-                task.news.events |= news.events;
-                task.news.signal |= news.signal;
+                task.news.events |= execution.missed();
                 task.execution = None;
                 task.executed = task.executed.saturating_add(1);
                 if window.tally.bus != crossed && !around.round_trip.is_zero() {

@@ -72,7 +72,7 @@ pub enum Progress {
     Wait,
 }
 
-/// What others are to be told when a command is done.
+/// What others are to be told of what commands have done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct News {
     /// There is an event.
@@ -162,14 +162,18 @@ impl Execution {
         }
     }
 
-    /// What others are to be told now that it is done.
-    pub fn news(&self) -> News {
-        News {
-            events: matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0,
-            signal: matches!(
-                self.command,
-                Command::SemaphoreSignal { .. } | Command::Fence { .. } | Command::Atomic(_)
-            ),
+    /// PREFETCH, when it is done: whether something was missing, so that there is an event.
+    pub fn missed(&self) -> bool {
+        matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0
+    }
+
+    /// Whether it has changed a number that others may wait for, given that an access got through (`moved`), or none.
+    pub fn signals(&self, moved: bool) -> bool {
+        match self.command {
+            // The timeline advances before it is stored.
+            Command::Fence { .. } => true,
+            Command::SemaphoreSignal { .. } | Command::Atomic(_) => moved,
+            _ => false,
         }
     }
 

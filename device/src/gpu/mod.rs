@@ -92,7 +92,7 @@ use timeline::Timelines;
 use vram::Vram;
 
 use crate::sync::Arc;
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::thread::{self, JoinHandle};
 
 /// What a device is like.
@@ -210,8 +210,12 @@ impl<H: Host> Shared<H> {
         }
     }
 
-    /// Like [`Shared::poke`], if a ring waits for a number. (One that is just about to will look by itself soon.)
+    /// Like [`Shared::poke`], if a ring waits for a number. To be called when the number is there.
+    ///
+    /// A ring first says that it waits and then looks at the number for the last time. So either it sees the number,
+    /// or this sees the ring: the fences stand between the one's store and load and the other's.
     fn poke_waiting(&self) {
+        fence(Ordering::SeqCst);
         for (ring, activity) in self.activities.iter().enumerate() {
             if activity.load(Ordering::Relaxed) == lane::WAITING {
                 if let Some(engine) = self.engines.get(self.engine_of(ring as u16)) {
@@ -219,6 +223,14 @@ impl<H: Host> Shared<H> {
                 }
             }
         }
+    }
+
+    /// Says that a ring waits. Whoever changes a number that it looks at afterwards wakes its engine.
+    fn publish_waiting(&self, ring: u16) {
+        if let Some(place) = self.activities.get(usize::from(ring)) {
+            place.store(lane::WAITING, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
     }
 
     /// Says what a ring is doing.
