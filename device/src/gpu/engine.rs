@@ -20,7 +20,7 @@ use super::inject::Defect;
 use super::lane::{Lane, State, Task};
 use super::sabotage::{Sabotage, sabotaged};
 use super::share::Shares;
-use super::status::{self, Error};
+use super::status::Error;
 use super::{Host, Shared};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Condvar, Instant, Mutex, now};
@@ -119,6 +119,8 @@ pub(super) struct Worker<H: Host> {
     lanes: Vec<Lane<H::Ticket>>,
     shares: Shares,
     tally: Tally,
+    /// How long the device was stopped since the last look at this.
+    stopped: Duration,
 }
 
 impl<H: Host> Worker<H> {
@@ -135,6 +137,7 @@ impl<H: Host> Worker<H> {
             lanes,
             shares: Shares::default(),
             tally: Tally::default(),
+            stopped: Duration::ZERO,
         }
     }
 
@@ -160,6 +163,10 @@ impl<H: Host> Worker<H> {
                 Some(index) => {
                     if let Some(lane) = lanes.get_mut(index) {
                         self.slice(engine, lane);
+                    }
+                    let stopped = std::mem::take(&mut self.stopped);
+                    if !stopped.is_zero() {
+                        postpone(&mut lanes, stopped);
                     }
                     Wait::No
                 }
@@ -267,13 +274,18 @@ impl<H: Host> Worker<H> {
         }
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
+            let stopped = self.stopped;
             self.step(engine, lane, last);
+            let stopped = self.stopped.saturating_sub(stopped);
             let after = now();
-            let spent = after.saturating_duration_since(last);
+            let spent = after.saturating_duration_since(last).saturating_sub(stopped);
             self.shares.charge(context, spent);
             last = after;
             if let Some(task) = &mut lane.task {
-                task.worked = task.worked.saturating_add(spent);
+                // While it waits, all of the time counts.
+                if task.waiting.is_none() {
+                    task.worked = task.worked.saturating_add(spent);
+                }
                 if self.is_hung(task, last) {
                     self.hang(lane);
                 }
@@ -305,7 +317,11 @@ impl<H: Host> Worker<H> {
         }
         // To look again in vain is no end of waiting.
         if !matches!(stay, Stay::Waiting) {
-            task.waiting = None;
+            if let Some((since, _)) = task.waiting.take() {
+                let waited = now.saturating_duration_since(since);
+                let waited = waited.saturating_sub(self.stopped);
+                task.worked = task.worked.saturating_add(waited);
+            }
         }
         let news = std::mem::take(&mut task.news);
         if news.events {
@@ -357,7 +373,11 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
+                let begin = now();
                 engine.gate.wait(&mut inside);
+                self.stopped = self
+                    .stopped
+                    .saturating_add(now().saturating_duration_since(begin));
                 continue;
             }
             let inside = &mut *inside;
@@ -454,9 +474,9 @@ impl<H: Host> Worker<H> {
     }
 
     fn is_hung(&self, task: &Task<H::Ticket>, now: Instant) -> bool {
-        let waited = task
-            .waiting
-            .map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
+        let waited = task.waiting.map_or(Duration::ZERO, |(since, _)| {
+            now.saturating_duration_since(since).saturating_sub(self.stopped)
+        });
         self.shared
             .watchdog
             .is_some_and(|limit| task.worked.saturating_add(waited) >= limit)
@@ -512,7 +532,7 @@ impl<H: Host> Worker<H> {
             let submission = match Submission::decode(&lane.bytes, rings, &mut lane.commands) {
                 Ok(submission) => submission,
                 Err((sequence, error)) => {
-                    self.complete(lane, Some(ticket), sequence, failure(error));
+                    self.complete(lane, Some(ticket), sequence, self.failure(error));
                     continue;
                 }
             };
@@ -523,7 +543,7 @@ impl<H: Host> Worker<H> {
                 Ok(context) if context.is_meant_by(lane.ring, position) => context,
                 _ => {
                     let error = shared.without_context(lane.ring, position);
-                    self.complete(lane, Some(ticket), submission.sequence, failure(error));
+                    self.complete(lane, Some(ticket), submission.sequence, self.failure(error));
                     continue;
                 }
             };
@@ -551,19 +571,30 @@ impl<H: Host> Worker<H> {
         let Some(mut task) = lane.task.take() else { return };
         let retried = task.retried.take().filter(|_| !sabotaged(Sabotage::ForgetsRetry));
         self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
-        let repeats = match (&result, &task.execution) {
-            (Err(_), Some(execution)) => execution.repeats(),
-            _ => 0,
-        };
-        let completion = Completion {
-            status: status::code(&result),
+        let mut completion = Completion {
             executed: task.executed,
-            fault_va: va,
-            repeats,
             ..Completion::default()
         };
+        if let Err(error) = result {
+            completion = Completion {
+                status: self.failure(error).status,
+                fault_va: va,
+                repeats: task.execution.as_ref().map_or(0, Execution::repeats),
+                ..completion
+            };
+        }
         self.shared.statistics.commands.add(task.executed.into());
         self.complete(lane, task.ticket, task.sequence, completion);
+    }
+
+    /// Notes that a submission fails.
+    fn failure(&self, error: Error) -> Completion {
+        self.shared.statistics.submissions_failed.count();
+        self.shared.refused("a submission", error);
+        Completion {
+            status: error.code(),
+            ..Completion::default()
+        }
     }
 
     /// Answers a submission. (One that was answered too early has no ticket any more.)
@@ -577,14 +608,6 @@ impl<H: Host> Worker<H> {
         let shared = &*self.shared;
         let Some(ticket) = ticket else { return };
         shared.statistics.submissions.count();
-        if completion.status != pinion_abi::STATUS_OK {
-            shared.statistics.submissions_failed.count();
-            log::debug!(
-                "ring {}: submission {sequence} ends with status {}",
-                lane.ring,
-                completion.status
-            );
-        }
         if sabotaged(Sabotage::PokesFirst) {
             shared.poke_waiting();
         }
@@ -628,6 +651,15 @@ impl<H: Host> Worker<H> {
     }
 }
 
+/// Has what waits for numbers have waited less long by `stopped`, in which the device did not go on.
+fn postpone<T>(lanes: &mut [Lane<T>], stopped: Duration) {
+    for lane in lanes {
+        if let Some((since, _)) = lane.task.as_mut().and_then(|task| task.waiting.as_mut()) {
+            *since = since.checked_add(stopped).unwrap_or(*since);
+        }
+    }
+}
+
 /// When the first of the lanes has to be looked at again.
 fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
     let times = lanes.iter().filter_map(|lane| match lane.state {
@@ -638,13 +670,6 @@ fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
         State::Idle | State::Stalled(_) => None,
     });
     times.min().map_or(Wait::Forever, Wait::Until)
-}
-
-fn failure(error: Error) -> Completion {
-    Completion {
-        status: error.code(),
-        ..Completion::default()
-    }
 }
 
 /// Works on the task of a lane, inside the gate.
@@ -701,6 +726,7 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
             Ok(Progress::Done) => {
                 task.news.events |= execution.missed();
                 task.execution = None;
+                task.waiting = None;
                 task.executed = task.executed.saturating_add(1);
                 if window.tally.bus != crossed && !around.round_trip.is_zero() {
                     return Stay::Crossing;

@@ -426,10 +426,14 @@ impl<T> FaultTable<T> {
         state.end(context.id(), &self.log, |_| Error::Reset)
     }
 
-    /// Ends the stalls of a context with `error`, and forgets its events.
+    /// Ends the stalls of a context with `error`, and forgets the events about its work; all of them if it has gone.
     pub fn end_context(&self, context: u32, error: Error) -> Rings {
         let mut state = self.state.lock();
-        self.log.forget_context(context);
+        if error == Error::NoContext {
+            self.log.forget_context(context);
+        } else {
+            self.log.forget_work(context);
+        }
         state.end(context, &self.log, |_| error)
     }
 

@@ -88,9 +88,9 @@ pub(super) struct Task<T> {
     pub(super) retried: Option<u64>,
     /// What others are to be told.
     pub(super) news: News,
-    /// How long it was worked on.
+    /// How long it was worked on, and has waited for numbers before.
     pub(super) worked: Duration,
-    /// Since when it waits for a number, and how long the last pause was.
+    /// Since when it waits for a number, and how long it did not look last.
     pub(super) waiting: Option<(Instant, Duration)>,
 }
 

@@ -94,6 +94,7 @@ use status::Error;
 use timeline::Timelines;
 use vram::Vram;
 
+use crate::rate_limit::{RateLimit, warn_limited};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::thread::{self, JoinHandle};
@@ -183,6 +184,8 @@ struct Shared<H: Host> {
     watchdog: Option<Duration>,
     statistics: Arc<Statistics>,
     injector: Arc<Injector>,
+    /// For each kind of mistake that is logged.
+    complaints: [RateLimit; 5],
     ending: AtomicBool,
 }
 
@@ -248,6 +251,25 @@ impl<H: Host> Shared<H> {
     fn publish(&self, ring: u16, state: lane::State) {
         if let Some(place) = self.activities.get(usize::from(ring)) {
             place.store(state.number(), Ordering::Relaxed);
+        }
+    }
+
+    /// Counts and logs an error: once in a while those that only a mistake leads to, the others when somebody debugs.
+    fn refused(&self, what: &str, error: Error) {
+        self.statistics.status(error).count();
+        let mistake = match error {
+            Error::Invalid => 0,
+            Error::Unsupported => 1,
+            Error::BadAddress => 2,
+            Error::Bus => 3,
+            Error::Limit => 4,
+            _ => {
+                log::debug!("{what}: {error}");
+                return;
+            }
+        };
+        if let Some(limit) = self.complaints.get(mistake) {
+            warn_limited!(limit = *limit; "{what} of the driver was refused: {error}");
         }
     }
 
@@ -355,6 +377,7 @@ impl<H: Host> Gpu<H> {
             watchdog: settings.watchdog,
             statistics,
             injector,
+            complaints: Default::default(),
             ending: AtomicBool::new(false),
         });
         let mut gpu = Self {
@@ -431,7 +454,7 @@ impl<H: Host> Gpu<H> {
     fn response(&self, result: Result<u64, Error>) -> abi::Response {
         if let Err(error) = &result {
             self.shared.statistics.requests_refused.count();
-            log::debug!("request refused: {error}");
+            self.shared.refused("a request", *error);
         }
         abi::Response {
             status: status::code(&result),
@@ -469,7 +492,7 @@ impl<H: Host> Gpu<H> {
             Request::Query(query) => return self.query(query),
             Request::Count(request) => {
                 let context = shared.contexts.get(request.context)?;
-                let any = shared.counters.set(&request)?;
+                let any = shared.counters.set(&request, &shared.log)?;
                 context.set_counting(any);
             }
         }

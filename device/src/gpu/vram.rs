@@ -108,8 +108,11 @@ impl Vram {
     }
 
     /// The file that it is, for others to map. It cannot be made smaller or larger.
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn duplicate(&self) -> Result<File, Error> {
+        self.file.try_clone().map_err(|source| Error::File {
+            size: self.size,
+            source,
+        })
     }
 
     /// The `length` bytes at `offset`, if all of them exist.
@@ -125,11 +128,16 @@ impl Vram {
         }
     }
 
+    /// Whether any page has lost what was in it.
+    #[inline]
+    pub fn has_poison(&self) -> bool {
+        self.poison.any.load(Ordering::Relaxed)
+    }
+
     /// Whether the page at `offset` has lost what was in it.
     #[inline]
     pub fn is_poisoned(&self, offset: u64) -> bool {
-        self.poison.any.load(Ordering::Relaxed)
-            && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
+        self.has_poison() && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
     }
 
     /// Makes all of it zero, heals it, and gives the memory behind it back.
