@@ -540,7 +540,7 @@ impl<H: Host> Gpu<H> {
             shared.contexts.remove(id)?
         };
         shared.counters.forget(id);
-        let woken = shared.faults.end_context(id, Error::NoContext);
+        let woken = shared.faults.end_context(id);
         shared.through_gates(|inside| inside.tlb.invalidate_context(id));
         self.interrupt(woken);
         if late {
