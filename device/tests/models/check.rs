@@ -11,7 +11,7 @@ use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler, Scheduler}
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 
 /// Schedules of each kind that a model is run through. `PINION_SCHEDULES` is another number.
-const SCHEDULES: usize = 500;
+const SCHEDULES: usize = 300;
 /// How often the schedules of one kind change threads at unlikely moments: enough for mistakes that take so many.
 const DEPTHS: [usize; 2] = [2, 4];
 /// The schedules are the same each time, unless `PINION_SEED` is another number.
