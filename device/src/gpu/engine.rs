@@ -18,6 +18,7 @@ use super::fault::{Origin, Replayed, Wake};
 use super::gate::Gate;
 use super::inject::Defect;
 use super::lane::{Lane, State, Task};
+use super::sabotage::{Sabotage, sabotaged};
 use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
@@ -55,9 +56,14 @@ pub(super) struct Engine {
 impl Engine {
     /// Tells the engine that there is something new about a ring.
     pub(super) fn ring(&self, ring: u16) {
+        if sabotaged(Sabotage::RingsFirst) {
+            self.rung.notify_one();
+        }
         let mut bell = self.bell.lock();
         bell.rings |= 1_u32.checked_shl(ring.into()).unwrap_or(0);
-        self.rung.notify_one();
+        if !sabotaged(Sabotage::RingsFirst) {
+            self.rung.notify_one();
+        }
     }
 
     /// Tells the engine to look again at whatever its rings wait for, and whether it is to end.
@@ -211,6 +217,9 @@ impl<H: Host> Worker<H> {
     fn awake(&mut self, lane: &mut Lane<H::Ticket>, wake: Wake, va: u64) {
         lane.state = State::Ready;
         match wake {
+            Wake::Retry(id) if sabotaged(Sabotage::ReportsEarly) => {
+                self.replayed(self.shared.faults.report(id, true));
+            }
             Wake::Retry(id) => {
                 if let Some(task) = &mut lane.task {
                     task.retried = Some(id);
@@ -426,9 +435,15 @@ impl<H: Host> Worker<H> {
         };
         // First, so that whoever ends the stall at once finds somebody to wake.
         lane.state = State::Stalled(fault.va);
+        let early = sabotaged(Sabotage::TellsFirst);
+        if early {
+            self.shared.host.events();
+        }
         let (stalled, replayed) = self.shared.faults.stall(origin, fault, retried);
         self.shared.publish(lane.ring, lane.state);
-        self.shared.host.events();
+        if !early {
+            self.shared.host.events();
+        }
         self.replayed(replayed);
         if let Err(wake) = stalled {
             self.awake(lane, wake, fault.va);
@@ -438,8 +453,14 @@ impl<H: Host> Worker<H> {
     fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
         let Some(task) = &mut lane.task else { return };
         let Some((since, pause)) = task.waiting else {
-            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
             task.waiting = Some((now, POLL_FIRST));
+            if sabotaged(Sabotage::WaitsUnseen) {
+                lane.state = State::Waiting {
+                    next: now.checked_add(POLL_FIRST).unwrap_or(now),
+                };
+                return;
+            }
+            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
             self.shared.publish_waiting(lane.ring);
             return;
         };
@@ -501,7 +522,7 @@ impl<H: Host> Worker<H> {
             lane.bytes.clear();
             let Some((ticket, position)) = shared.host.next(lane.ring, &mut lane.bytes) else {
                 lane.unannounced = 0;
-                if shared.host.idle(lane.ring) {
+                if shared.host.idle(lane.ring) && !sabotaged(Sabotage::IgnoresIdle) {
                     continue;
                 }
                 lane.state = State::Idle;
@@ -527,6 +548,9 @@ impl<H: Host> Worker<H> {
                 }
             };
             lane.bytes.clear();
+            if sabotaged(Sabotage::AdvancesFirst) {
+                shared.timelines.advance(lane.ring, submission.sequence);
+            }
             let mut task = Task::new(ticket, context, position, submission);
             if shared.injector.strikes(Defect::EarlyFence) {
                 let done = Completion {
@@ -545,7 +569,7 @@ impl<H: Host> Worker<H> {
     fn finish(&mut self, lane: &mut Lane<H::Ticket>, result: Result<(), Error>, va: u64) {
         lane.state = State::Ready;
         let Some(mut task) = lane.task.take() else { return };
-        let retried = task.retried.take();
+        let retried = task.retried.take().filter(|_| !sabotaged(Sabotage::ForgetsRetry));
         self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
         let mut completion = Completion {
             executed: task.executed,
@@ -584,6 +608,9 @@ impl<H: Host> Worker<H> {
         let shared = &*self.shared;
         let Some(ticket) = ticket else { return };
         shared.statistics.submissions.count();
+        if sabotaged(Sabotage::PokesFirst) {
+            shared.poke_waiting();
+        }
         let completion = Completion {
             sequence,
             timeline: shared.timelines.advance(lane.ring, sequence),
@@ -594,7 +621,9 @@ impl<H: Host> Worker<H> {
             shared.host.complete(lane.ring, ticket, completion);
             lane.unannounced = lane.unannounced.saturating_add(1);
         }
-        shared.poke_waiting();
+        if !sabotaged(Sabotage::PokesFirst) {
+            shared.poke_waiting();
+        }
         if lane.unannounced >= BATCH {
             self.announce(lane);
         }
@@ -691,7 +720,8 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
         let moved = execution.moves() != before;
         task.moved |= moved;
         // Also if it does not get to its end now: it may stall, and somebody may wait for what it has done so far.
-        task.news.signal |= execution.signals(moved);
+        task.news.signal |= execution.signals(moved)
+            && (!sabotaged(Sabotage::SignalsAtEnd) || progress == Ok(Progress::Done));
         match progress {
             Ok(Progress::Done) => {
                 task.news.events |= execution.missed();
