@@ -11,7 +11,9 @@ use pinion_device::{control, daemon, transport};
 
 fn main() -> ExitCode {
     if cfg!(feature = "model") {
-        eprintln!("pinion-device: this was built with the feature 'model', for tests only");
+        eprintln!(
+            "pinion-device: this was built with the feature 'model', for tests only; build it again without"
+        );
         return ExitCode::FAILURE;
     }
     // The library logs at the guest's bidding what is logged here once; RUST_LOG brings it back.

@@ -28,12 +28,34 @@ fn prints_its_capabilities() {
     assert!(output.status.success());
     assert_eq!(said, "");
     assert_eq!(output.stdout, b"{\"type\": \"pinion\", \"features\": []}\n");
+    // All other arguments are ignored.
+    for others in [
+        &["--socket-path", "/nowhere/socket", "--print-capabilities"][..],
+        &["--print-capabilities", "--fd", "77", "--unknown", "--vram=lots"],
+    ] {
+        let (same, said) = run(others);
+        assert!(same.status.success() && said.is_empty(), "{others:?}: {said}");
+        assert_eq!(same.stdout, output.stdout);
+    }
+    assert!(!std::path::Path::new("/nowhere").exists());
 }
 
 #[test]
 fn the_descriptor_names_the_same_type() {
-    let descriptor = include_str!("../50-pinion-device.json");
-    assert!(descriptor.contains("\"type\": \"pinion\""));
+    let descriptor: serde_json::Value =
+        serde_json::from_str(include_str!("../50-pinion-device.json")).unwrap();
+    let capabilities: serde_json::Value =
+        serde_json::from_slice(&run(&["--print-capabilities"]).0.stdout).unwrap();
+    // What the schema of QEMU wants of both.
+    assert_eq!(descriptor["type"], capabilities["type"]);
+    assert_eq!(capabilities["features"], serde_json::json!([]));
+    assert!(descriptor["description"].is_string());
+    let binary = std::path::Path::new(descriptor["binary"].as_str().unwrap());
+    assert!(binary.is_absolute() && binary.ends_with("pinion-device"));
+    let known = ["description", "type", "binary", "tags"];
+    for member in descriptor.as_object().unwrap().keys() {
+        assert!(known.contains(&member.as_str()), "{member}");
+    }
 }
 
 #[test]
@@ -48,6 +70,12 @@ fn wrong_arguments_end_it_with_a_reason() {
             &["--socket-path", "a", "--inject", "nothing"],
             "stale-tlb, lost-fault",
         ),
+        (
+            &["--socket-path", "a", "--vram", "1M", "--aperture", "2M"],
+            "--aperture 2M",
+        ),
+        (&["--socket-path", "a", "--engines", "2"], "--engines 2"),
+        (&["--socket-path", "a", "--watchdog", "soon"], "'soon'"),
         (&["--fd", "77"], "file descriptor 77"),
         (&["--fd", "2"], "file descriptor 2"),
     ] {
@@ -161,4 +189,51 @@ fn a_connected_descriptor_does_not_keep_it_from_ending() {
     )
     .unwrap();
     assert!(wait_for_exit(&mut child).success());
+}
+
+#[test]
+fn it_stays_in_the_foreground_and_says_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let mut child = program()
+        .arg("--socket-path")
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(connect(&socket, &mut child));
+    // It is the process that was started which listens, in the session that it was started in.
+    let pid = rustix::process::Pid::from_child(&child);
+    assert_eq!(
+        rustix::process::getsid(Some(pid)).unwrap(),
+        rustix::process::getsid(None).unwrap()
+    );
+    assert!(child.try_wait().unwrap().is_none());
+    // The second signal does not find it at work still, or ends it at once.
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(wait_for_exit(&mut child).success());
+    let mut said = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "");
+}
+
+#[test]
+fn it_ends_quickly_with_work_under_way() {
+    let mut daemon = Daemon::start(&["--rings", "2"]);
+    let mut guest = Guest::connect(&mut daemon, 2);
+    assert_eq!(guest.create(0), abi::STATUS_OK);
+    assert_eq!(guest.map(0, 0x1000, &[ALL | FREE]), abi::STATUS_OK);
+    guest.submit(0, 0, 1, &[increments(0x1000, u32::MAX)]);
+    guest.submit(1, 0, 1, &[increments(0x5000, 1)]);
+    assert_eq!(guest.event().kind, abi::EVENT_FAULT);
+    until("the engine to be at work", || {
+        (guest.read::<u64>(FREE) > 1000).then_some(())
+    });
+    let asked = std::time::Instant::now();
+    daemon.terminate();
+    // "As quickly and cleanly as possible"; management software waits for a few seconds before it kills.
+    assert!(asked.elapsed() < std::time::Duration::from_secs(2));
 }

@@ -328,6 +328,26 @@ fn messages_that_ask_for_what_cannot_be() {
     ends_well(daemon);
 }
 
+/// The library adds up the addresses of a slot unchecked, and panics in a debug build. That ends the connection, and
+/// nothing else.
+#[test]
+fn a_slot_beyond_all_addresses() {
+    let mut daemon = Daemon::start(&[]);
+    let file = memory(1 << 20);
+    for _ in 0..3 {
+        let raw = Raw::connect(&mut daemon);
+        raw.negotiate();
+        let last = u64::MAX - 0xfff;
+        raw.send(ADD_MEM_REG, &[0, 0, 8192, last, 0], &[file.as_fd()]);
+        raw.send(SET_VRING_ADDR, &[0, last, last + 0x20, last + 0x40, 0], &[]);
+        raw.ends("a slot beyond all addresses");
+        next_one_is_served(&mut daemon, "a slot beyond all addresses");
+    }
+    daemon.signal(rustix::process::Signal::TERM);
+    let (status, said) = daemon.end();
+    assert!(status.success(), "{status}: {said}");
+}
+
 #[test]
 fn kicks_before_there_is_anything_to_kick() {
     let mut daemon = Daemon::start(&[]);

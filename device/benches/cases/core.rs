@@ -118,7 +118,7 @@ impl Core {
 
     fn begin(&self, submissions: impl IntoIterator<Item = Arc<Vec<u8>>>) {
         self.host.work.lock().waiting.extend(submissions);
-        self.gpu.doorbell(0);
+        self.gpu.attend(0);
     }
 
     fn wait(&self) {

@@ -331,7 +331,8 @@ mod tests {
         let mut refused = 0;
         while refused < 100 {
             match (&slow).write(many.as_bytes()) {
-                Ok(_) => refused = 0,
+                Ok(0) => panic!("it takes nothing, and does not say so"),
+                Ok(_some) => refused = 0,
                 Err(error) => {
                     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
                     refused += 1;

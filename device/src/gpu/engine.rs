@@ -2,8 +2,8 @@
 
 //! Engines: each serves some rings, a slice of time after the other.
 //!
-//! An engine has a thread, but that is not always who does its work. Whoever rings a doorbell while the engine has nothing to do
-//! begins with it himself ([`doorbell`]): to wake another thread takes longer than most submissions. After one slice the thread
+//! An engine has a thread, but that is not always who does its work. Whoever has time for it when a doorbell rings, and the engine has nothing to do,
+//! begins with it himself ([`attend`]): to wake another thread takes longer than most submissions. After one slice the thread
 //! takes over, as it does in everything that has to be waited for.
 //!
 //! Ring `n` is on engine `n % engines`. A ring that cannot go on (it is stalled on a fault, waits for a semaphore or for
@@ -22,6 +22,7 @@ use super::fault::{Origin, Replayed, Wake};
 use super::gate::Gate;
 use super::inject::Defect;
 use super::lane::{Lane, State, Task};
+use super::sabotage::{Sabotage, sabotaged};
 use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
@@ -59,8 +60,13 @@ pub(super) struct Engine {
 impl Engine {
     /// Tells the engine that there is something new about a ring.
     pub(super) fn ring(&self, ring: u16) {
+        if sabotaged(Sabotage::RingsFirst) {
+            self.wake();
+        }
         self.note(ring);
-        self.wake();
+        if !sabotaged(Sabotage::RingsFirst) {
+            self.wake();
+        }
     }
 
     /// Wakes the engine's thread, if it has anything to look at.
@@ -232,6 +238,9 @@ impl<H: Host> Worker<H> {
     fn awake(&mut self, lane: &mut Lane<H::Ticket>, wake: Wake, va: u64) {
         lane.state = State::Ready;
         match wake {
+            Wake::Retry(id) if sabotaged(Sabotage::ReportsEarly) => {
+                self.replayed(self.shared.faults.report(id, true));
+            }
             Wake::Retry(id) => {
                 if let Some(task) = &mut lane.task {
                     task.retried = Some(id);
@@ -452,9 +461,15 @@ impl<H: Host> Worker<H> {
         };
         // First, so that whoever ends the stall at once finds somebody to wake.
         lane.state = State::Stalled(fault.va);
+        let early = sabotaged(Sabotage::TellsFirst);
+        if early {
+            self.shared.host.events();
+        }
         let (stalled, replayed) = self.shared.faults.stall(origin, fault, retried);
         self.shared.publish(lane.ring, lane.state);
-        self.shared.host.events();
+        if !early {
+            self.shared.host.events();
+        }
         self.replayed(replayed);
         if let Err(wake) = stalled {
             self.awake(lane, wake, fault.va);
@@ -464,8 +479,14 @@ impl<H: Host> Worker<H> {
     fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
         let Some(task) = &mut lane.task else { return };
         let Some((since, pause)) = task.waiting else {
-            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
             task.waiting = Some((now, POLL_FIRST));
+            if sabotaged(Sabotage::WaitsUnseen) {
+                lane.state = State::Waiting {
+                    next: now.checked_add(POLL_FIRST).unwrap_or(now),
+                };
+                return;
+            }
+            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
             self.shared.publish_waiting(lane.ring);
             return;
         };
@@ -527,7 +548,7 @@ impl<H: Host> Worker<H> {
             lane.bytes.clear();
             let Some((ticket, position)) = shared.host.next(lane.ring, &mut lane.bytes) else {
                 lane.unannounced = 0;
-                if shared.host.idle(lane.ring) {
+                if shared.host.idle(lane.ring) && !sabotaged(Sabotage::IgnoresIdle) {
                     continue;
                 }
                 lane.state = State::Idle;
@@ -553,6 +574,9 @@ impl<H: Host> Worker<H> {
                 }
             };
             lane.bytes.clear();
+            if sabotaged(Sabotage::AdvancesFirst) {
+                shared.timelines.advance(lane.ring, submission.sequence);
+            }
             let mut task = Task::new(ticket, context, position, submission);
             if shared.injector.strikes(Defect::EarlyFence) {
                 let done = Completion {
@@ -571,7 +595,7 @@ impl<H: Host> Worker<H> {
     fn finish(&mut self, lane: &mut Lane<H::Ticket>, result: Result<(), Error>, va: u64) {
         lane.state = State::Ready;
         let Some(mut task) = lane.task.take() else { return };
-        let retried = task.retried.take();
+        let retried = task.retried.take().filter(|_| !sabotaged(Sabotage::ForgetsRetry));
         self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
         let mut completion = Completion {
             executed: task.executed,
@@ -610,6 +634,9 @@ impl<H: Host> Worker<H> {
         let shared = &*self.shared;
         let Some(ticket) = ticket else { return };
         shared.statistics.submissions.count();
+        if sabotaged(Sabotage::PokesFirst) {
+            shared.poke_waiting();
+        }
         let completion = Completion {
             sequence,
             timeline: shared.timelines.advance(lane.ring, sequence),
@@ -620,7 +647,9 @@ impl<H: Host> Worker<H> {
             shared.host.complete(lane.ring, ticket, completion);
             lane.unannounced = lane.unannounced.saturating_add(1);
         }
-        shared.poke_waiting();
+        if !sabotaged(Sabotage::PokesFirst) {
+            shared.poke_waiting();
+        }
         if lane.unannounced >= BATCH {
             self.announce(lane);
         }
@@ -667,17 +696,19 @@ pub(super) fn run<H: Host>(shared: &Shared<H>, engine: &Engine, desk: &Mutex<Wor
 }
 
 /// There is something new about a ring: does what can be done about it at once, unless somebody else is at it.
-pub(super) fn doorbell<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
+pub(super) fn attend<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
     engine.note(ring);
     let Some(mut worker) = desk.try_lock() else {
         // Whoever it is may have looked before. The engine's thread looks again.
-        engine.wake();
+        if !sabotaged(Sabotage::LeavesUnsaid) {
+            engine.wake();
+        }
         return;
     };
     let bell = engine.listen(Wait::No);
     let wait = worker.work(engine, bell, Thread::Borrowed);
     drop(worker);
-    if !matches!(wait, Wait::Forever) {
+    if !matches!(wait, Wait::Forever) && !sabotaged(Sabotage::LeavesUnsaid) {
         engine.poke();
     }
 }
@@ -756,7 +787,8 @@ fn work<H: Host>(
         let moved = execution.moves() != before;
         task.moved |= moved;
         // Also if it does not get to its end now: it may stall, and somebody may wait for what it has done so far.
-        task.news.signal |= execution.signals(moved);
+        task.news.signal |= execution.signals(moved)
+            && (!sabotaged(Sabotage::SignalsAtEnd) || progress == Ok(Progress::Done));
         match progress {
             Ok(Progress::Done) => {
                 task.news.events |= execution.missed();

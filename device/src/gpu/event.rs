@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 
 use pinion_abi::{EVENT_ACCESS_COUNT, EVENT_DEVICE_RESET, EVENT_FAULT, EVENT_PREFETCH, EventRecord};
 
+use super::sabotage::{Sabotage, sabotaged};
 use super::statistics::Counter;
 use crate::sync::Mutex;
 
@@ -61,6 +62,13 @@ impl EventLog {
 
     /// Takes the oldest record.
     pub fn take(&self) -> Option<EventRecord> {
+        if sabotaged(Sabotage::TakesInSteps) {
+            let first = self.records.lock().front().copied();
+            if first.is_some() {
+                self.records.lock().pop_front();
+            }
+            return first;
+        }
         self.records.lock().pop_front()
     }
 

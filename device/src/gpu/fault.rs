@@ -20,6 +20,7 @@ use super::access::AccessFault;
 use super::context::Context;
 use super::event::EventLog;
 use super::inject::{Defect, Injector};
+use super::sabotage::{Sabotage, sabotaged};
 use super::state::{Activity, FaultState};
 use super::statistics::Statistics;
 use super::status::Error;
@@ -146,7 +147,7 @@ impl<T> State<T> {
         };
         *waiting = waiting.saturating_sub(1);
         *through = through.saturating_add(got_through.into());
-        if *waiting > 0 {
+        if *waiting > 0 && !sabotaged(Sabotage::RepliesToFirst) {
             return None;
         }
         match self.faults.swap_remove(index).stage {
@@ -217,17 +218,19 @@ impl<T> FaultTable<T> {
             return Err(Wake::Abandoned);
         }
         // Under the lock: whoever ends a context says so in it first, and then comes here to wake.
-        origin
-            .context
-            .check(origin.ring, origin.position)
-            .map_err(Wake::Ended)?;
+        if !sabotaged(Sabotage::StallsUnchecked) {
+            origin
+                .context
+                .check(origin.ring, origin.position)
+                .map_err(Wake::Ended)?;
+        }
         let context = origin.context.id();
         let page = fault.va & !(PAGE_SIZE - 1);
         let same = |other: &&Fault<T>| {
             other.context == context
                 && other.page == page
                 && other.lacking == fault.lacking
-                && matches!(other.stage, Stage::Active)
+                && (matches!(other.stage, Stage::Active) || sabotaged(Sabotage::JoinsReplay))
         };
         let id = match state.faults.iter().find(same) {
             Some(known) => {
@@ -390,7 +393,9 @@ impl<T> FaultTable<T> {
     pub fn fail(&self, origin: Origin<'_>, va: u64, error: Error) -> Result<Rings, Error> {
         let mut state = self.state.lock();
         // Under the lock: a context that was taken out of error is not put back into it by the work that was reset.
-        origin.context.check(origin.ring, origin.position)?;
+        if !sabotaged(Sabotage::FailsAfterReset) {
+            origin.context.check(origin.ring, origin.position)?;
+        }
         if !origin.context.fail(error) {
             return Ok(Rings::default());
         }
@@ -407,24 +412,25 @@ impl<T> FaultTable<T> {
         Ok(state.end(origin.context.id(), &self.log, |_| Error::ContextError))
     }
 
-    /// Has the work of a context that is in front of these positions end with RESET, forgets its events, and takes the
-    /// context out of error.
+    /// Has the work of a context that is in front of these positions end with RESET, forgets the events about its work,
+    /// and takes the context out of error.
     pub fn reset_context(&self, context: &Context, positions: &[u64]) -> Rings {
+        if sabotaged(Sabotage::ResetsUnlocked) {
+            context.reset(positions);
+        }
         let mut state = self.state.lock();
-        context.reset(positions);
-        self.log.forget_context(context.id());
+        if !sabotaged(Sabotage::ResetsUnlocked) {
+            context.reset(positions);
+        }
+        self.log.forget_work(context.id());
         state.end(context.id(), &self.log, |_| Error::Reset)
     }
 
-    /// Ends the stalls of a context with `error`, and forgets the events about its work; all of them if it has gone.
-    pub fn end_context(&self, context: u32, error: Error) -> Rings {
+    /// Ends the stalls of a context that has gone, and forgets all events about it.
+    pub fn end_context(&self, context: u32) -> Rings {
         let mut state = self.state.lock();
-        if error == Error::NoContext {
-            self.log.forget_context(context);
-        } else {
-            self.log.forget_work(context);
-        }
-        state.end(context, &self.log, |_| error)
+        self.log.forget_context(context);
+        state.end(context, &self.log, |_| Error::NoContext)
     }
 
     /// Ends all stalls with `error`, and forgets all events.

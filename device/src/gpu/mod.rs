@@ -19,6 +19,7 @@
 //! | `counters.rs` | how often which memory is accessed |
 //! | `memory.rs`, `vram.rs` | what translations lead to |
 //! | `inject.rs`, `statistics.rs`, `state.rs` | deliberate defects; what has happened, and how things are |
+//! | `sabotage.rs` | promises that models break |
 //!
 //! Lock order: gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
 //! then event log; counters, then event log. Nothing else is nested, and the [`Host`] is called with none of them held.
@@ -59,6 +60,7 @@ pub mod memory;
 pub mod operation;
 pub mod page_table;
 pub mod request;
+pub mod sabotage;
 mod share;
 pub mod state;
 pub mod statistics;
@@ -85,6 +87,7 @@ use inject::{Defect, Injector};
 use memory::SystemMemory;
 use page_table::{Budget, MAX_NODES};
 use request::{Invalidate, Query, Request};
+use sabotage::{Sabotage, sabotaged};
 use state::{ContextState, DeviceState, RingState, State};
 use statistics::Statistics;
 use status::Error;
@@ -206,6 +209,14 @@ impl<H: Host> Shared<H> {
         }
     }
 
+    /// Goes through the gates of all engines, one after the other.
+    fn through_gates(&self, mut action: impl FnMut(&mut gate::Inside)) {
+        let skipped = usize::from(sabotaged(Sabotage::SkipsEngine));
+        for engine in self.engines.iter().rev().skip(skipped).rev() {
+            engine.gate.with(&mut action);
+        }
+    }
+
     /// Has all engines look again at what their rings wait for.
     fn poke(&self) {
         for engine in &self.engines {
@@ -287,11 +298,16 @@ impl<H: Host> Shared<H> {
         self.contexts.remove_all();
         let woken = self.faults.end_all(Error::Reset);
         self.counters.clear();
+        if sabotaged(Sabotage::ClearsVramEarly) {
+            self.vram.clear();
+        }
+        self.through_gates(|inside| inside.tlb.clear());
         for engine in &self.engines {
-            engine.gate.with(|inside| inside.tlb.clear());
             engine.gate.notify();
         }
-        self.vram.clear();
+        if !sabotaged(Sabotage::ClearsVramEarly) {
+            self.vram.clear();
+        }
         self.statistics.resets.count();
         self.wake(woken);
         self.poke();
@@ -415,12 +431,17 @@ impl<H: Host> Gpu<H> {
         }
     }
 
-    /// A submission may have come in. The caller may find itself working on it, for a fraction of a millisecond, so it
-    /// must not hold a lock that the [`Host`] takes.
+    /// A submission may have come in.
     pub fn doorbell(&self, ring: u16) {
+        self.shared.ring(ring);
+    }
+
+    /// A submission may have come in, and the caller has time: it does the first of the work itself, for a fraction of a
+    /// millisecond, if nobody else is at it. It must not hold a lock that the [`Host`] takes.
+    pub fn attend(&self, ring: u16) {
         let number = self.shared.engine_of(ring);
         if let (Some(engine), Some(desk)) = (self.shared.engines.get(number), self.desks.get(number)) {
-            engine::doorbell(engine, desk, ring);
+            engine::attend(engine, desk, ring);
         }
     }
 
@@ -429,9 +450,14 @@ impl<H: Host> Gpu<H> {
         self.shared.statistics.requests.count();
         let result = match Request::decode(request) {
             Ok(Request::Replay { context, fault }) => {
+                if sabotaged(Sabotage::WakesFirst) {
+                    self.shared.poke();
+                }
                 match self.shared.faults.replay(context, fault, ticket) {
                     Ok(woken) => {
-                        self.shared.wake(woken);
+                        if !sabotaged(Sabotage::WakesFirst) {
+                            self.shared.wake(woken);
+                        }
                         return Answer::Later;
                     }
                     Err((ticket, error)) => return Answer::Now(ticket, self.response(Err(error))),
@@ -514,8 +540,10 @@ impl<H: Host> Gpu<H> {
 
     /// Has engines look at once at work that was ended, wherever it is.
     fn interrupt(&self, woken: Rings) {
-        for engine in &self.shared.engines {
-            engine.gate.notify();
+        if !sabotaged(Sabotage::EndsOutside) {
+            for engine in &self.shared.engines {
+                engine.gate.notify();
+            }
         }
         self.shared.wake(woken);
         self.shared.poke();
@@ -523,13 +551,19 @@ impl<H: Host> Gpu<H> {
 
     fn destroy(&self, id: u32) -> Result<(), Error> {
         let shared = &*self.shared;
-        let context = shared.contexts.remove(id)?;
+        let late = sabotaged(Sabotage::DestroysLate);
+        let context = if late {
+            shared.contexts.get(id)?
+        } else {
+            shared.contexts.remove(id)?
+        };
         shared.counters.forget(id);
-        let woken = shared.faults.end_context(id, Error::NoContext);
-        for engine in &shared.engines {
-            engine.gate.with(|inside| inside.tlb.invalidate_context(id));
-        }
+        let woken = shared.faults.end_context(id);
+        shared.through_gates(|inside| inside.tlb.invalidate_context(id));
         self.interrupt(woken);
+        if late {
+            shared.contexts.remove(id)?;
+        }
         // An engine may hold the context a little longer; what is in it goes now.
         let garbage = context.table.write().clear(0, abi::VA_END);
         drop(garbage);
@@ -557,9 +591,7 @@ impl<H: Host> Gpu<H> {
         match request {
             Invalidate::Everything => {
                 if !shared.injector.strikes(Defect::StaleTlb) {
-                    for engine in &shared.engines {
-                        engine.gate.with(|inside| inside.tlb.clear());
-                    }
+                    shared.through_gates(|inside| inside.tlb.clear());
                 }
             }
             Invalidate::Range {
@@ -572,12 +604,14 @@ impl<H: Host> Gpu<H> {
                 if shared.injector.strikes(Defect::StaleTlb) {
                     return Ok(());
                 }
-                if clear {
+                let late = sabotaged(Sabotage::ClearsLate);
+                if clear && !late {
                     let garbage = found.table.write().clear(va, end);
                     drop(garbage);
                 }
-                for engine in &shared.engines {
-                    engine.gate.with(|inside| inside.tlb.invalidate(context, va, end));
+                shared.through_gates(|inside| inside.tlb.invalidate(context, va, end));
+                if clear && late {
+                    drop(found.table.write().clear(va, end));
                 }
             }
         }
@@ -586,23 +620,21 @@ impl<H: Host> Gpu<H> {
 
     /// Replaces system memory. Afterwards no access through the old map is in flight or will start.
     pub fn set_memory(&self, memory: Arc<dyn SystemMemory>) {
-        for engine in &self.shared.engines {
-            engine.gate.with(|inside| inside.memory = memory.clone());
-        }
+        self.shared.through_gates(|inside| inside.memory = memory.clone());
     }
 
     /// Stops the engines. Afterwards no access is in flight or will start until [`Gpu::resume`].
     pub fn pause(&self) {
-        for engine in &self.shared.engines {
-            engine.gate.with(|inside| inside.paused = true);
-        }
+        self.shared.through_gates(|inside| inside.paused = true);
     }
 
     /// Lets the engines go on.
     pub fn resume(&self) {
         for engine in &self.shared.engines {
             engine.gate.with(|inside| inside.paused = false);
-            engine.gate.notify();
+            if !sabotaged(Sabotage::ResumesSilently) {
+                engine.gate.notify();
+            }
         }
         for ring in 0..self.shared.timelines.len() {
             self.shared.ring(ring);
@@ -668,9 +700,15 @@ impl<H: Host> Gpu<H> {
 impl<H: Host> Drop for Gpu<H> {
     fn drop(&mut self) {
         let shared = &*self.shared;
-        shared.ending.store(true, Ordering::Relaxed);
+        let late = sabotaged(Sabotage::EndsLate);
+        if !late {
+            shared.ending.store(true, Ordering::Relaxed);
+        }
         let woken = shared.faults.close();
         self.interrupt(woken);
+        if late {
+            shared.ending.store(true, Ordering::Relaxed);
+        }
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("an engine thread panicked");

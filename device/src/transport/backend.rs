@@ -144,7 +144,7 @@ impl Backend {
         match queue {
             QUEUE_CONTROL | QUEUE_INVALIDATE => self.serve_requests(queue),
             QUEUE_EVENT => self.queues.pump_events(),
-            _ => self.gpu.doorbell(queue.saturating_sub(QUEUE_FIRST_RING)),
+            _ => self.gpu.attend(queue.saturating_sub(QUEUE_FIRST_RING)),
         }
     }
 
@@ -194,18 +194,22 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        let aperture = VhostUserProtocolFeatures::SHMEM
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::BACKEND_SEND_FD;
-        VhostUserProtocolFeatures::CONFIG
+        // Not both: when a reset has taken the aperture's mapping away, QEMU (11.1 at least) wants to remove the
+        // slot that it was, looks for the memory, which is gone, and crashes. Without slots it sends the
+        // whole table, which does not say what went.
+        let memory = match self.aperture {
+            None => VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            Some(_) => {
+                VhostUserProtocolFeatures::SHMEM
+                    | VhostUserProtocolFeatures::BACKEND_REQ
+                    | VhostUserProtocolFeatures::BACKEND_SEND_FD
+            }
+        };
+        memory
+            | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | self
-                .aperture
-                .as_ref()
-                .map_or(VhostUserProtocolFeatures::empty(), |_| aperture)
     }
 
     fn reset_device(&self) {

@@ -3,21 +3,17 @@
 //! The core of the device under a checker that tries many schedules of its threads.
 //!
 //!     cargo test -p pinion-device --features model --test models
+//!
+//! What runs here is the core itself, with its engines: only the locks, atomics and threads under it, and the time, are the
+//! checker's. Each model is followed by ways to break what it is about ([`Sabotage`], and defects that the program can
+//! be given), each of which it has to notice.
+//!
+//! [`Sabotage`]: pinion_device::gpu::sabotage::Sabotage
 
-use pinion_device::sync::{Arc, Mutex, thread};
-
-/// The primitives are the checker's: it sees that this depends on who comes first.
-#[test]
-#[should_panic(expected = "came later")]
-fn the_checker_sees_what_the_core_does() {
-    let race = || {
-        let place = Arc::new(Mutex::new("nobody"));
-        let there = place.clone();
-        let second = thread::spawn(move || *there.lock() = "second");
-        *place.lock() = "first";
-        second.join().expect("a thread that ends");
-        let last = *place.lock();
-        assert_eq!(last, "second", "the first came later");
-    };
-    shuttle::check_dfs(race, None);
-}
+mod attend;
+mod check;
+mod events;
+mod faults;
+mod fences;
+mod promise;
+mod rig;
