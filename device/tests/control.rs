@@ -39,7 +39,7 @@ fn state_is_that_of_the_device_that_is_there() {
         "{state}"
     );
     let used = result["device"]["vram_used"].as_u64().unwrap();
-    assert!(used >= PAGE_SIZE && used < 64 << 20, "{state}");
+    assert!((PAGE_SIZE..64 << 20).contains(&used), "{state}");
     let context = &result["contexts"][0];
     assert_eq!(
         (&context["id"], &context["status"]),

@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_ACCESS_COUNT, EventRecord, LARGE_PAGE_SIZE};
 
 use super::event::EventLog;
 use super::request::Count;
 use super::status::Error;
+use crate::sync::Mutex;
 
 /// Most regions whose accesses are counted at a time.
 pub const MAX_COUNTERS: u32 = 4096;

@@ -7,11 +7,8 @@
 //! slice goes to the context that has had the least time: a context with many busy rings gets no more than one
 //! with a single ring. A ring whose stalled access is replayed comes first, for the driver waits for that.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use pinion_abi::{ACCESS_READ, Completion};
 
 use super::access::{AccessFault, Tally, Trouble, Window};
@@ -22,8 +19,10 @@ use super::gate::Gate;
 use super::inject::Defect;
 use super::lane::{Lane, State, Task};
 use super::share::Shares;
-use super::status::{self, Error};
+use super::status::Error;
 use super::{Host, Shared};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Condvar, Instant, Mutex, now};
 
 /// How long an engine works for one ring before it looks whether another one should be served.
 const SLICE: Duration = Duration::from_micros(100);
@@ -150,7 +149,7 @@ impl<H: Host> Worker<H> {
             if shared.ending.load(Ordering::Relaxed) {
                 break;
             }
-            let now = Instant::now();
+            let now = now();
             for lane in &mut lanes {
                 self.look(lane, bell, now);
             }
@@ -255,30 +254,34 @@ impl<H: Host> Worker<H> {
 
     /// Works for a lane, for a while.
     fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) {
-        let begin = Instant::now();
-        let mut now = begin;
+        let begin = now();
+        let mut last = begin;
         self.shared.statistics.slices.count();
         lane.served = self.shares.turn();
-        self.shared.publish(lane.ring, lane.state);
+        if lane.task.as_ref().is_some_and(|task| task.waiting.is_some()) {
+            self.shared.publish_waiting(lane.ring);
+        } else {
+            self.shared.publish(lane.ring, lane.state);
+        }
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
             let stopped = self.stopped;
-            self.step(engine, lane, now);
+            self.step(engine, lane, last);
             let stopped = self.stopped.saturating_sub(stopped);
-            let after = Instant::now();
-            let spent = after.saturating_duration_since(now).saturating_sub(stopped);
+            let after = now();
+            let spent = after.saturating_duration_since(last).saturating_sub(stopped);
             self.shares.charge(context, spent);
-            now = after;
+            last = after;
             if let Some(task) = &mut lane.task {
                 // While it waits, all of the time counts.
                 if task.waiting.is_none() {
                     task.worked = task.worked.saturating_add(spent);
                 }
-                if self.is_hung(task, now) {
+                if self.is_hung(task, last) {
                     self.hang(lane);
                 }
             }
-            if now.saturating_duration_since(begin) >= SLICE {
+            if last.saturating_duration_since(begin) >= SLICE {
                 break;
             }
             if lane.task.is_none() && matches!(lane.state, State::Ready) {
@@ -361,9 +364,9 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
-                let begin = Instant::now();
+                let begin = now();
                 engine.gate.wait(&mut inside);
-                self.stopped = self.stopped.saturating_add(begin.elapsed());
+                self.stopped = self.stopped.saturating_add(now().saturating_duration_since(begin));
                 continue;
             }
             let inside = &mut *inside;
@@ -432,11 +435,13 @@ impl<H: Host> Worker<H> {
 
     fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
         let Some(task) = &mut lane.task else { return };
-        let (since, pause) = match task.waiting {
-            Some((since, pause)) => (since, pause.saturating_mul(2).min(POLL_LAST)),
-            None => (now, POLL_FIRST),
+        let Some((since, pause)) = task.waiting else {
+            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
+            task.waiting = Some((now, POLL_FIRST));
+            self.shared.publish_waiting(lane.ring);
+            return;
         };
-        task.waiting = Some((since, pause));
+        task.waiting = Some((since, pause.saturating_mul(2).min(POLL_LAST)));
         if self.is_hung(task, now) {
             self.hang(lane);
             return;
@@ -476,11 +481,15 @@ impl<H: Host> Worker<H> {
             position: task.position,
             sequence: task.sequence,
         };
-        let woken = self.shared.faults.fail(origin, va, error);
-        self.shared.wake(woken);
-        self.shared.poke();
-        self.shared.host.events();
-        self.finish(lane, Err(error), va);
+        match self.shared.faults.fail(origin, va, error) {
+            Ok(woken) => {
+                self.shared.wake(woken);
+                self.shared.poke();
+                self.shared.host.events();
+                self.finish(lane, Err(error), va);
+            }
+            Err(ended) => self.finish(lane, Err(ended), 0),
+        }
     }
 
     /// Takes the next submission of a lane that has none. Leaves it idle if there is none.
@@ -500,7 +509,7 @@ impl<H: Host> Worker<H> {
             let submission = match Submission::decode(&lane.bytes, rings, &mut lane.commands) {
                 Ok(submission) => submission,
                 Err((sequence, error)) => {
-                    self.complete(lane, Some(ticket), sequence, failure(error));
+                    self.complete(lane, Some(ticket), sequence, self.failure(error));
                     continue;
                 }
             };
@@ -511,7 +520,7 @@ impl<H: Host> Worker<H> {
                 Ok(context) if context.is_meant_by(lane.ring, position) => context,
                 _ => {
                     let error = shared.without_context(lane.ring, position);
-                    self.complete(lane, Some(ticket), submission.sequence, failure(error));
+                    self.complete(lane, Some(ticket), submission.sequence, self.failure(error));
                     continue;
                 }
             };
@@ -536,19 +545,30 @@ impl<H: Host> Worker<H> {
         let Some(mut task) = lane.task.take() else { return };
         let retried = task.retried.take();
         self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
-        let repeats = match (&result, &task.execution) {
-            (Err(_), Some(execution)) => execution.repeats(),
-            _ => 0,
-        };
-        let completion = Completion {
-            status: status::code(&result),
+        let mut completion = Completion {
             executed: task.executed,
-            fault_va: va,
-            repeats,
             ..Completion::default()
         };
+        if let Err(error) = result {
+            completion = Completion {
+                status: self.failure(error).status,
+                fault_va: va,
+                repeats: task.execution.as_ref().map_or(0, Execution::repeats),
+                ..completion
+            };
+        }
         self.shared.statistics.commands.add(task.executed.into());
         self.complete(lane, task.ticket, task.sequence, completion);
+    }
+
+    /// Notes that a submission fails.
+    fn failure(&self, error: Error) -> Completion {
+        self.shared.statistics.submissions_failed.count();
+        self.shared.refused("a submission", error);
+        Completion {
+            status: error.code(),
+            ..Completion::default()
+        }
     }
 
     /// Answers a submission. (One that was answered too early has no ticket any more.)
@@ -562,14 +582,6 @@ impl<H: Host> Worker<H> {
         let shared = &*self.shared;
         let Some(ticket) = ticket else { return };
         shared.statistics.submissions.count();
-        if completion.status != pinion_abi::STATUS_OK {
-            shared.statistics.submissions_failed.count();
-            log::debug!(
-                "ring {}: submission {sequence} ends with status {}",
-                lane.ring,
-                completion.status
-            );
-        }
         let completion = Completion {
             sequence,
             timeline: shared.timelines.advance(lane.ring, sequence),
@@ -623,17 +635,10 @@ fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
         State::Waiting { next } => Some(next),
         State::Crossing(until) => Some(until),
         // It has refused so many submissions that others had to be looked at.
-        State::Ready => Some(Instant::now()),
+        State::Ready => Some(now()),
         State::Idle | State::Stalled(_) => None,
     });
     times.min().map_or(Wait::Forever, Wait::Until)
-}
-
-fn failure(error: Error) -> Completion {
-    Completion {
-        status: error.code(),
-        ..Completion::default()
-    }
 }
 
 /// Works on the task of a lane, inside the gate.
@@ -681,13 +686,15 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
         };
         let (before, crossed) = (execution.moves(), window.tally.bus);
         let progress = execution.go_on(window, &around, &mut lane.scratch, &mut budget);
-        task.moved |= execution.moves() != before;
+        let moved = execution.moves() != before;
+        task.moved |= moved;
+        // Also if it does not get to its end now: it may stall, and somebody may wait for what it has done so far.
+        task.news.signal |= execution.signals(moved);
         match progress {
             Ok(Progress::Done) => {
-                let news = execution.news();
-                task.news.events |= news.events;
-                task.news.signal |= news.signal;
+                task.news.events |= execution.missed();
                 task.execution = None;
+                task.waiting = None;
                 task.executed = task.executed.saturating_add(1);
                 if window.tally.bus != crossed && !around.round_trip.is_zero() {
                     return Stay::Crossing;

@@ -9,10 +9,10 @@
 
 use std::collections::VecDeque;
 
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_ACCESS_COUNT, EVENT_DEVICE_RESET, EVENT_FAULT, EVENT_PREFETCH, EventRecord};
 
 use super::statistics::Counter;
+use crate::sync::Mutex;
 
 /// Most hints that wait; more are dropped, as hints may be.
 const MAX_HINTS: usize = 256;

@@ -6,7 +6,7 @@
 //! beyond what it has counted as done, so the command goes on from exactly there when it is tried again.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinion_abi::{ACCESS_READ, ACCESS_WRITE, ChaseResult, EVENT_PREFETCH, EventRecord, PAGE_SIZE, PTE_VRAM};
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
@@ -19,6 +19,7 @@ use super::event::EventLog;
 use super::inject::Defect;
 use super::operation::{Atomic, Operation, Width, WriteBack};
 use super::timeline::Timelines;
+use crate::sync::{now, point};
 
 /// Most bytes that are moved at once.
 const PIECE: u64 = 64 << 10;
@@ -71,7 +72,7 @@ pub enum Progress {
     Wait,
 }
 
-/// What others are to be told when a command is done.
+/// What others are to be told of what commands have done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct News {
     /// There is an event.
@@ -162,14 +163,18 @@ impl Execution {
         }
     }
 
-    /// What others are to be told now that it is done.
-    pub fn news(&self) -> News {
-        News {
-            events: matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0,
-            signal: matches!(
-                self.command,
-                Command::SemaphoreSignal { .. } | Command::Fence { .. } | Command::Atomic(_)
-            ),
+    /// PREFETCH, when it is done: whether something was missing, so that there is an event.
+    pub fn missed(&self) -> bool {
+        matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0
+    }
+
+    /// Whether it has changed a number that others may wait for, given that an access got through (`moved`), or none.
+    pub fn signals(&self, moved: bool) -> bool {
+        match self.command {
+            // The timeline advances before it is stored.
+            Command::Fence { .. } => true,
+            Command::SemaphoreSignal { .. } | Command::Atomic(_) => moved,
+            _ => false,
         }
     }
 
@@ -640,14 +645,15 @@ impl Page<'_> {
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
 fn bus(round_trip: Duration) {
+    point();
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
         number = std::hint::black_box(number).rotate_left(1);
     }
     std::hint::black_box(number);
     if !round_trip.is_zero() {
-        let start = Instant::now();
-        while start.elapsed() < round_trip {
+        let start = now();
+        while now().saturating_duration_since(start) < round_trip {
             std::hint::spin_loop();
         }
     }

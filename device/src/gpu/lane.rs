@@ -12,14 +12,14 @@
 //!            slow the bus └──> crossing   (goes on when the bus has caught up)
 //! ```
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::command::{Command, MAX_BATCH, MAX_SUBMISSION, Submission};
 use super::context::Context;
 use super::execute::{Execution, News, Scratch, scratch};
 use super::state::Activity;
 use super::status::Error;
+use crate::sync::{Arc, Instant};
 
 /// Whether a ring can be served.
 #[derive(Clone, Copy, Debug)]

@@ -70,9 +70,6 @@ pub mod tlb;
 pub mod vram;
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pinion_abi as abi;
@@ -93,6 +90,11 @@ use statistics::Statistics;
 use status::Error;
 use timeline::Timelines;
 use vram::Vram;
+
+use crate::rate_limit::{RateLimit, warn_limited};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use crate::sync::thread::{self, JoinHandle};
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -179,6 +181,8 @@ struct Shared<H: Host> {
     watchdog: Option<Duration>,
     statistics: Arc<Statistics>,
     injector: Arc<Injector>,
+    /// For each kind of mistake that is logged.
+    complaints: [RateLimit; 5],
     ending: AtomicBool,
 }
 
@@ -209,8 +213,12 @@ impl<H: Host> Shared<H> {
         }
     }
 
-    /// Like [`Shared::poke`], if a ring waits for a number. (One that is just about to will look by itself soon.)
+    /// Like [`Shared::poke`], if a ring waits for a number. To be called when the number is there.
+    ///
+    /// A ring first says that it waits and then looks at the number for the last time. So either it sees the number,
+    /// or this sees the ring: the fences stand between the one's store and load and the other's.
     fn poke_waiting(&self) {
+        fence(Ordering::SeqCst);
         for (ring, activity) in self.activities.iter().enumerate() {
             if activity.load(Ordering::Relaxed) == lane::WAITING {
                 if let Some(engine) = self.engines.get(self.engine_of(ring as u16)) {
@@ -220,10 +228,37 @@ impl<H: Host> Shared<H> {
         }
     }
 
+    /// Says that a ring waits. Whoever changes a number that it looks at afterwards wakes its engine.
+    fn publish_waiting(&self, ring: u16) {
+        if let Some(place) = self.activities.get(usize::from(ring)) {
+            place.store(lane::WAITING, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+    }
+
     /// Says what a ring is doing.
     fn publish(&self, ring: u16, state: lane::State) {
         if let Some(place) = self.activities.get(usize::from(ring)) {
             place.store(state.number(), Ordering::Relaxed);
+        }
+    }
+
+    /// Counts and logs an error: once in a while those that only a mistake leads to, the others when somebody debugs.
+    fn refused(&self, what: &str, error: Error) {
+        self.statistics.status(error).count();
+        let mistake = match error {
+            Error::Invalid => 0,
+            Error::Unsupported => 1,
+            Error::BadAddress => 2,
+            Error::Bus => 3,
+            Error::Limit => 4,
+            _ => {
+                log::debug!("{what}: {error}");
+                return;
+            }
+        };
+        if let Some(limit) = self.complaints.get(mistake) {
+            warn_limited!(limit = *limit; "{what} of the driver was refused: {error}");
         }
     }
 
@@ -326,6 +361,7 @@ impl<H: Host> Gpu<H> {
             watchdog: settings.watchdog,
             statistics,
             injector,
+            complaints: Default::default(),
             ending: AtomicBool::new(false),
         });
         let mut gpu = Self {
@@ -334,7 +370,7 @@ impl<H: Host> Gpu<H> {
         };
         for engine in 0..engines {
             let worker = Worker::new(gpu.shared.clone(), engine.into());
-            let thread = std::thread::Builder::new()
+            let thread = thread::Builder::new()
                 .name(format!("engine{engine}"))
                 .spawn(move || worker.run())
                 .map_err(StartError::Thread)?;
@@ -397,7 +433,7 @@ impl<H: Host> Gpu<H> {
     fn response(&self, result: Result<u64, Error>) -> abi::Response {
         if let Err(error) = &result {
             self.shared.statistics.requests_refused.count();
-            log::debug!("request refused: {error}");
+            self.shared.refused("a request", *error);
         }
         abi::Response {
             status: status::code(&result),
@@ -489,8 +525,8 @@ impl<H: Host> Gpu<H> {
 
     fn reset_context(&self, id: u32) -> Result<(), Error> {
         let shared = &*self.shared;
-        shared.contexts.reset(id, &shared.positions())?;
-        let woken = shared.faults.end_context(id, Error::Reset);
+        let context = shared.contexts.get(id)?;
+        let woken = shared.faults.reset_context(&context, &shared.positions());
         // Through all gates once: what was in flight has ended.
         self.interrupt(woken);
         Ok(())

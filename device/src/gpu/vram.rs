@@ -4,14 +4,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use pinion_abi::PAGE_SIZE;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// Smallest VRAM that can be asked for.
 pub const MIN_SIZE: u64 = 1 << 20;
