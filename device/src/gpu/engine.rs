@@ -366,7 +366,9 @@ impl<H: Host> Worker<H> {
             if inside.paused {
                 let begin = now();
                 engine.gate.wait(&mut inside);
-                self.stopped = self.stopped.saturating_add(now().saturating_duration_since(begin));
+                self.stopped = self
+                    .stopped
+                    .saturating_add(now().saturating_duration_since(begin));
                 continue;
             }
             let inside = &mut *inside;

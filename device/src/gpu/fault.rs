@@ -407,24 +407,20 @@ impl<T> FaultTable<T> {
         Ok(state.end(origin.context.id(), &self.log, |_| Error::ContextError))
     }
 
-    /// Has the work of a context that is in front of these positions end with RESET, forgets its events, and takes the
-    /// context out of error.
+    /// Has the work of a context that is in front of these positions end with RESET, forgets the events about it, and
+    /// takes the context out of error.
     pub fn reset_context(&self, context: &Context, positions: &[u64]) -> Rings {
         let mut state = self.state.lock();
         context.reset(positions);
-        self.log.forget_context(context.id());
+        self.log.forget_work(context.id());
         state.end(context.id(), &self.log, |_| Error::Reset)
     }
 
-    /// Ends the stalls of a context with `error`, and forgets the events about its work; all of them if it has gone.
-    pub fn end_context(&self, context: u32, error: Error) -> Rings {
+    /// Ends the stalls of a context that has gone, and forgets its events.
+    pub fn end_context(&self, context: u32) -> Rings {
         let mut state = self.state.lock();
-        if error == Error::NoContext {
-            self.log.forget_context(context);
-        } else {
-            self.log.forget_work(context);
-        }
-        state.end(context, &self.log, |_| error)
+        self.log.forget_context(context);
+        state.end(context, &self.log, |_| Error::NoContext)
     }
 
     /// Ends all stalls with `error`, and forgets all events.

@@ -512,7 +512,7 @@ impl<H: Host> Gpu<H> {
         let shared = &*self.shared;
         let context = shared.contexts.remove(id)?;
         shared.counters.forget(id);
-        let woken = shared.faults.end_context(id, Error::NoContext);
+        let woken = shared.faults.end_context(id);
         for engine in &shared.engines {
             engine.gate.with(|inside| inside.tlb.invalidate_context(id));
         }

@@ -1047,7 +1047,7 @@ fn fixed() -> TestRng {
 fn the_device_does_what_the_model_does() {
     let persistence = FileFailurePersistence::SourceParallel("proptest-regressions");
     let config = Config {
-        cases: 48,
+        cases: 32,
         failure_persistence: Some(Box::new(persistence)),
         source_file: Some(file!()),
         max_shrink_iters: 2000,

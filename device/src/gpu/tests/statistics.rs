@@ -47,19 +47,28 @@ fn requests_and_entries() {
         rig.clear(0);
         rig.invalidate(0, 0, 0, 0);
     });
-    counts(&mut rig, &[("requests", 4), ("requests_refused", 4)], |rig| {
+    let refused = [
+        ("requests", 4),
+        ("requests_refused", 4),
+        ("status_context_exists", 1),
+        ("status_unsupported", 1),
+        ("status_invalid", 1),
+        ("status_no_fault", 1),
+    ];
+    counts(&mut rig, &refused, |rig| {
         rig.simple(abi::REQUEST_CONTEXT_CREATE, 0);
         rig.simple(99, 0);
         rig.try_map(0, VA + 1, &[RW], 0);
         rig.replay_begin(0, 77, 0).unwrap_err();
     });
-    counts(
-        &mut rig,
-        &[("invalidations", 1), ("requests_refused", 1)],
-        |rig| {
-            rig.gpu.invalidate(&[]);
-        },
-    );
+    let refused = [
+        ("invalidations", 1),
+        ("requests_refused", 1),
+        ("status_invalid", 1),
+    ];
+    counts(&mut rig, &refused, |rig| {
+        rig.gpu.invalidate(&[]);
+    });
     counts(&mut rig, &[("requests", 1), ("resets", 1)], |rig| {
         rig.simple(abi::REQUEST_DEVICE_RESET, 0);
     });
@@ -120,7 +129,12 @@ fn submissions_commands_and_bytes() {
             assert_eq!(rig.run(0, &[*command]).status, OK)
         });
     }
-    let failed = [("submissions", 2), ("submissions_failed", 2)];
+    let failed = [
+        ("submissions", 2),
+        ("submissions_failed", 2),
+        ("status_invalid", 1),
+        ("status_no_context", 1),
+    ];
     counts(&mut rig, &failed, |rig| {
         rig.run(0, &[nop(), fence_wait(9, 9)]);
         rig.run(7, &[nop()]);
@@ -171,6 +185,7 @@ fn faults_and_how_they_end() {
         ("context_errors", 1),
         ("submissions", 1),
         ("submissions_failed", 1),
+        ("status_fault_cancelled", 1),
         ("commands", 1),
     ];
     counts(&mut rig, &cancelled, |rig| {
