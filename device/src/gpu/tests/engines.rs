@@ -130,20 +130,23 @@ fn race(contexts: [u32; 4]) -> [u64; 4] {
 
 #[test]
 fn a_context_with_many_rings_gets_no_more_than_one_with_one() {
-    let [a, b, c, alone] = race([0, 0, 0, 1]);
-    let share = alone as f64 / (a + b + c + alone) as f64;
-    // By rings it would be a quarter.
-    assert!((0.38..0.62).contains(&share), "{share} of the work was done");
+    // By rings it would be a quarter. A busy host takes the processor away from whoever has it, which makes
+    // what was done in equal times unequal: then the race is run again.
+    until("a context with one ring to do half of the work", || {
+        let [a, b, c, alone] = race([0, 0, 0, 1]);
+        let share = alone as f64 / (a + b + c + alone) as f64;
+        (0.42..0.58).contains(&share)
+    });
 }
 
 #[test]
 fn rings_of_one_context_take_turns() {
-    let counts = race([0, 0, 0, 0]);
-    let sum: u64 = counts.iter().sum();
-    for count in counts {
-        let share = count as f64 / sum as f64;
-        assert!((0.15..0.35).contains(&share), "{counts:?}");
-    }
+    until("four rings to do a quarter of the work each", || {
+        let counts = race([0, 0, 0, 0]);
+        let sum: u64 = counts.iter().sum();
+        let share = |count: u64| count as f64 / sum as f64;
+        counts.iter().all(|&count| (0.19..0.31).contains(&share(count)))
+    });
 }
 
 #[test]
