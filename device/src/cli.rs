@@ -64,7 +64,7 @@ pub struct Arguments {
     aperture: Option<u64>,
 
     /// Number of command rings.
-    #[arg(long, value_name = "N", default_value_t = 1,
+    #[arg(long, value_name = "N", default_value_t = 2,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_RINGS)))]
     rings: u16,
 
@@ -406,7 +406,7 @@ mod tests {
     fn settings_of_the_device() {
         let usual = settings(&[]);
         assert_eq!((usual.vram, usual.aperture), (256 << 20, 0));
-        assert_eq!((usual.rings, usual.engines), (1, 1));
+        assert_eq!((usual.rings, usual.engines), (2, 2));
         assert_eq!(usual.watchdog, Some(Duration::from_secs(10)));
         assert_eq!((usual.latency, usual.bandwidth), (Duration::ZERO, None));
 

@@ -89,7 +89,7 @@ fn added_memory_is_accessible_and_removed_memory_is_not() {
     guest.frontend.add_mem_region(&other.info()).unwrap();
     assert_eq!(run(&mut guest, 4), OK);
     assert_eq!((slot.count(), other.count()), (5, 5));
-    daemon.terminate();
+    daemon.terminate_saying(&["memory that does not exist"]);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn memory_is_removed_under_a_running_engine() {
         assert_eq!((done.status, done.fault_va), (abi::STATUS_BUS_ERROR, VA));
         assert_eq!((slot.count(), done.repeats), (counted, counted));
     }
-    daemon.terminate();
+    daemon.terminate_saying(&["memory that does not exist"]);
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn a_new_memory_table_is_followed() {
     assert_eq!(guest.map(1, VA, &[ALL | (FREE + PAGE_SIZE)]), OK);
     assert_eq!(guest.run(1, 1, &[increments(VA, 7)]).status, OK);
     assert_eq!(guest.read::<u64>(FREE + PAGE_SIZE), 7);
-    daemon.terminate();
+    daemon.terminate_saying(&["memory that does not exist"]);
 }
 
 #[test]

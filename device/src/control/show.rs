@@ -129,13 +129,14 @@ fn state(out: &mut String, whole: &Whole) -> fmt::Result {
     for ring in rings {
         write!(
             out,
-            "ring {}: engine {}, timeline {}, taken {}, ",
-            ring.ring, ring.engine, ring.timeline, ring.taken
+            "ring {}: engine {}, timeline {}, submitted {}, ",
+            ring.ring, ring.engine, ring.timeline, ring.submitted
         )?;
         match ring.activity {
             Activity::Idle => writeln!(out, "idle")?,
             Activity::Running => writeln!(out, "running")?,
             Activity::Waiting => writeln!(out, "waiting")?,
+            Activity::Crossing => writeln!(out, "waiting for the bus")?,
             Activity::Stalled {
                 fault,
                 va,
@@ -205,8 +206,8 @@ mod tests {
             "device": {"vram_size": 1 << 30, "vram_used": 4096, "time": 5},
             "contexts": [{"id": 3, "status": abi::STATUS_HUNG, "page_table_nodes": 4}],
             "rings": [
-                {"ring": 0, "engine": 0, "timeline": 9, "taken": 10, "activity": "idle"},
-                {"ring": 1, "engine": 0, "timeline": 0, "taken": 1,
+                {"ring": 0, "engine": 0, "timeline": 9, "submitted": 10, "activity": "idle"},
+                {"ring": 1, "engine": 0, "timeline": 0, "submitted": 1,
                  "activity": {"stalled": {"fault": 7, "va": 4096, "reason": abi::REASON_WRITE}}},
             ],
             "faults": [{"fault": 7, "context": 3, "va": 4096, "reason": abi::REASON_WRITE, "stalled": 1,
@@ -217,8 +218,8 @@ mod tests {
             text(&Request::State {}, result).unwrap(),
             "frontend connected: yes (connections so far: 2)\n\
              vram: 1G, in use: 4K; device time: 5 ns; pending events: 1\n\
-             ring 0: engine 0, timeline 9, taken 10, idle\n\
-             ring 1: engine 0, timeline 0, taken 1, stalled on fault 7 at 0x1000: no right to write\n\
+             ring 0: engine 0, timeline 9, submitted 10, idle\n\
+             ring 1: engine 0, timeline 0, submitted 1, stalled on fault 7 at 0x1000: no right to write\n\
              context 3: in error: hung, page-table nodes: 4\n\
              fault 7: context 3, 0x1000, no right to write, rings stalled: 1, being replayed\n"
         );

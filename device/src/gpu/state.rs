@@ -52,8 +52,8 @@ pub struct RingState {
     pub engine: u16,
     /// Its timeline.
     pub timeline: u64,
-    /// How many submissions have been taken from it.
-    pub taken: u64,
+    /// How many submissions have been made.
+    pub submitted: u64,
     /// What it is doing.
     pub activity: Activity,
 }
@@ -69,6 +69,8 @@ pub enum Activity {
     Running,
     /// It waits for a semaphore or a fence.
     Waiting,
+    /// What it has moved is still on the bus.
+    Crossing,
     /// It is stalled on this fault, of [`State::faults`].
     Stalled {
         /// Its number.

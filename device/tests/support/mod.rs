@@ -69,8 +69,11 @@ impl Daemon {
         let socket = directory.path().join("socket");
         let control = directory.path().join("control");
         let mut command = Command::new(env!("CARGO_BIN_EXE_pinion-device"));
-        command.arg("--socket-path").arg(&socket).args(["--vram", "64M"]);
+        command.arg("--socket-path").arg(&socket);
         add(&mut command, &control);
+        if !command.get_args().any(|argument| argument == "--vram") {
+            command.args(["--vram", "64M"]);
+        }
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
         Self {
             child,
@@ -133,11 +136,22 @@ impl Daemon {
 
     /// Ends it as one should, and checks that it ends well, having said nothing.
     pub fn terminate(self) {
+        self.terminate_saying(&[]);
+    }
+
+    /// The same, but it has said this: a line for each, and no more.
+    pub fn terminate_saying(self, expected: &[&str]) {
         self.signal(rustix::process::Signal::TERM);
         let socket = self.socket.clone();
         let (status, said) = self.end();
         assert!(status.success(), "the daemon ended with {status}, saying: {said}");
-        assert_eq!(said, "", "the daemon had something to say");
+        let lines: Vec<_> = said.lines().collect();
+        let matches = lines.len() == expected.len()
+            && expected
+                .iter()
+                .zip(&lines)
+                .all(|(part, line)| line.contains(part));
+        assert!(matches, "the daemon said {lines:#?}, not {expected:?}");
         assert!(!socket.exists(), "the daemon left its socket behind");
     }
 }
