@@ -235,7 +235,7 @@ impl Pair for Copies {
         Aim::Speed(self.aim)
     }
     fn count(&self) -> u64 {
-        (64 * MIB / self.length).clamp(2, 4096)
+        (512 * MIB / self.length).clamp(2, 8 * BATCH)
     }
     fn unit(&self) -> (&'static str, u64) {
         ("B", self.length)

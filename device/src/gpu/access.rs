@@ -12,7 +12,7 @@ use vm_memory::VolatileSlice;
 use super::context::Context;
 use super::inject::{Defect, Injector};
 use super::memory::SystemMemory;
-use super::page_table::Translation;
+use super::page_table::{BLOCK_SHIFT, Translation};
 use super::tlb::Tlb;
 use super::vram::Vram;
 
@@ -107,7 +107,7 @@ impl<'a> Window<'a> {
         let found = match remembered {
             Some(found) => found,
             None => {
-                let found = self.context.table.read().get(va);
+                let found = self.context.table.read().translate(va);
                 match found.filter(enough) {
                     Some(found) => {
                         self.tlb.put(self.context.id(), va, found);
@@ -146,6 +146,16 @@ impl<'a> Window<'a> {
             }));
         }
         Ok(())
+    }
+
+    /// For how many bytes from `va` on a translation of it is good; at least one.
+    pub fn reach(&self, to: Translation, va: u64) -> u64 {
+        // What is counted is a page.
+        if to.shift == BLOCK_SHIFT && self.counting {
+            PAGE_SIZE.saturating_sub(va & OFFSET_MASK)
+        } else {
+            to.left_in_page(va)
+        }
     }
 
     /// Whether `va` can be accessed. Leaves no trace in the TLB.

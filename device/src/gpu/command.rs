@@ -160,7 +160,7 @@ impl Command {
             abi::COMMAND_CHASE => Self::decode_chase(&mut rest)?,
             _ => return Err(Error::Unsupported),
         };
-        if rest.as_bytes().iter().all(|&byte| byte == 0) {
+        if is_zero(&rest) {
             Ok(command)
         } else {
             Err(Error::Invalid)
@@ -298,6 +298,14 @@ impl Command {
             result: take_place(&mut rest.source, 8, size_of::<abi::ChaseResult>() as u64)?,
         }))
     }
+}
+
+/// Whether nothing is left of a command. (In words, and all of them, for this is done for every command.)
+fn is_zero(raw: &abi::Command) -> bool {
+    const { assert!(size_of::<abi::Command>() % 8 == 0) };
+    let word = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_ne_bytes);
+    let words = raw.as_bytes().chunks_exact(8);
+    words.fold(0, |any, bytes| any | word(bytes)) == 0
 }
 
 /// Takes a field out, and leaves zero.

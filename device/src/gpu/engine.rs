@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Engines: each a thread that serves some rings, a slice of time after the other.
+//! Engines: each serves some rings, a slice of time after the other.
+//!
+//! An engine has a thread, but that is not always who does its work. Whoever rings a doorbell while the engine has nothing to do
+//! begins with it himself ([`doorbell`]): to wake another thread takes longer than most submissions. After one slice the thread
+//! takes over, as it does in everything that has to be waited for.
 //!
 //! Ring `n` is on engine `n % engines`. A ring that cannot go on (it is stalled on a fault, waits for a semaphore or for
 //! the bus, or is empty) costs its engine nothing, and the others on it go on. Among those that can, the next
@@ -57,19 +61,28 @@ impl Engine {
     /// Tells the engine that there is something new about a ring.
     pub(super) fn ring(&self, ring: u16) {
         if sabotaged(Sabotage::RingsFirst) {
-            self.rung.notify_one();
+            self.wake();
         }
-        let mut bell = self.bell.lock();
-        bell.rings |= 1_u32.checked_shl(ring.into()).unwrap_or(0);
+        self.note(ring);
         if !sabotaged(Sabotage::RingsFirst) {
-            self.rung.notify_one();
+            self.wake();
         }
+    }
+
+    /// Wakes the engine's thread, if it has anything to look at.
+    fn wake(&self) {
+        self.rung.notify_one();
     }
 
     /// Tells the engine to look again at whatever its rings wait for, and whether it is to end.
     pub(super) fn poke(&self) {
         self.bell.lock().poke = true;
         self.rung.notify_one();
+    }
+
+    /// Notes that there is something new about a ring, for somebody who is going to look.
+    fn note(&self, ring: u16) {
+        self.bell.lock().rings |= 1_u32.checked_shl(ring.into()).unwrap_or(0);
     }
 
     /// What has happened since the last time. Waits for something, if it may.
@@ -97,12 +110,23 @@ enum Wait {
     Forever,
 }
 
+/// Whose thread an engine works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thread {
+    /// Its own.
+    Own,
+    /// That of somebody who has rung a doorbell, and has other things to do.
+    Borrowed,
+}
+
 /// How a stay inside the gate ended.
 enum Stay {
     /// All commands are done.
     Finished,
     /// There is more to be done.
     More,
+    /// The device is stopped.
+    Paused,
     /// A command waits for something other than a page table entry.
     Waiting,
     /// A command has crossed the bus, which takes this long.
@@ -112,13 +136,14 @@ enum Stay {
     Abandoned,
 }
 
-/// An engine's own part.
+/// An engine's own part. It belongs to whoever does the engine's work at the time.
 pub(super) struct Worker<H: Host> {
     shared: Arc<Shared<H>>,
-    number: usize,
     lanes: Vec<Lane<H::Ticket>>,
     shares: Shares,
     tally: Tally,
+    /// It was to work on a borrowed thread, and the device was stopped.
+    paused: bool,
     /// How long the device was stopped since the last look at this.
     stopped: Duration,
 }
@@ -133,49 +158,45 @@ impl<H: Host> Worker<H> {
             .collect();
         Self {
             shared,
-            number,
             lanes,
             shares: Shares::default(),
             tally: Tally::default(),
+            paused: false,
             stopped: Duration::ZERO,
         }
     }
 
-    /// Works until the device ends.
-    pub(super) fn run(mut self) {
-        let shared = self.shared.clone();
-        let Some(engine) = shared.engines.get(self.number) else {
-            return;
-        };
+    /// Works until there is nothing that can be done now, or, on a borrowed thread, for one slice. Says for how long
+    /// the engine's thread may wait before it goes on.
+    fn work(&mut self, engine: &Engine, mut bell: Bell, thread: Thread) -> Wait {
+        let begin = now();
+        self.paused = false;
         // Lanes are taken out while they are worked on.
         let mut lanes = std::mem::take(&mut self.lanes);
-        let mut wait = Wait::Forever;
-        loop {
-            let bell = engine.listen(wait);
-            if shared.ending.load(Ordering::Relaxed) {
-                break;
+        let wait = loop {
+            if self.shared.ending.load(Ordering::Relaxed) {
+                break Wait::No;
             }
-            let now = now();
+            let time = now();
             for lane in &mut lanes {
-                self.look(lane, bell, now);
+                self.look(lane, bell, time);
             }
-            wait = match self.choose(&lanes) {
-                Some(index) => {
-                    if let Some(lane) = lanes.get_mut(index) {
-                        self.slice(engine, lane);
-                    }
-                    let stopped = std::mem::take(&mut self.stopped);
-                    if !stopped.is_zero() {
-                        postpone(&mut lanes, stopped);
-                    }
-                    Wait::No
-                }
-                None => earliest(&lanes),
+            let Some(lane) = self.choose(&lanes).and_then(|index| lanes.get_mut(index)) else {
+                break earliest(&lanes);
             };
-        }
-        for lane in &mut lanes {
-            self.abandon(lane);
-        }
+            self.slice(engine, lane, thread);
+            let stopped = std::mem::take(&mut self.stopped);
+            if !stopped.is_zero() {
+                postpone(&mut lanes, stopped);
+            }
+            let worked = now().saturating_duration_since(begin);
+            if thread == Thread::Borrowed && (self.paused || worked >= SLICE) {
+                break Wait::No;
+            }
+            bell = engine.listen(Wait::No);
+        };
+        self.lanes = lanes;
+        wait
     }
 
     /// Brings a lane up to date.
@@ -262,7 +283,7 @@ impl<H: Host> Worker<H> {
     }
 
     /// Works for a lane, for a while.
-    fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) {
+    fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>, thread: Thread) {
         let begin = now();
         let mut last = begin;
         self.shared.statistics.slices.count();
@@ -275,7 +296,7 @@ impl<H: Host> Worker<H> {
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
             let stopped = self.stopped;
-            self.step(engine, lane, last);
+            self.step(engine, lane, last, thread);
             let stopped = self.stopped.saturating_sub(stopped);
             let after = now();
             let spent = after.saturating_duration_since(last).saturating_sub(stopped);
@@ -290,7 +311,7 @@ impl<H: Host> Worker<H> {
                     self.hang(lane);
                 }
             }
-            if last.saturating_duration_since(begin) >= SLICE {
+            if self.paused || last.saturating_duration_since(begin) >= SLICE {
                 break;
             }
             if lane.task.is_none() && matches!(lane.state, State::Ready) {
@@ -307,8 +328,8 @@ impl<H: Host> Worker<H> {
     }
 
     /// One stay inside the gate, and what follows from it.
-    fn step(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>, now: Instant) {
-        let stay = self.stay(engine, lane);
+    fn step(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>, now: Instant, thread: Thread) {
+        let stay = self.stay(engine, lane, thread);
         let until = self.account(lane, now);
         let Some(task) = &mut lane.task else { return };
         if std::mem::take(&mut task.moved) {
@@ -341,6 +362,7 @@ impl<H: Host> Worker<H> {
             }
             Stay::Finished => self.finish(lane, Ok(()), 0),
             Stay::More => {}
+            Stay::Paused => self.paused = true,
             Stay::Crossing => {
                 let arrival = now.checked_add(self.shared.bus.round_trip());
                 if let Some(arrival) = arrival.max(until) {
@@ -357,7 +379,7 @@ impl<H: Host> Worker<H> {
         }
     }
 
-    fn stay(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) -> Stay {
+    fn stay(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>, thread: Thread) -> Stay {
         let shared = &*self.shared;
         let mut inside = engine.gate.enter();
         let stay = loop {
@@ -373,6 +395,10 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
+                if thread == Thread::Borrowed {
+                    // Its owner may be the one who is to let us go on.
+                    break Stay::Paused;
+                }
                 let begin = now();
                 engine.gate.wait(&mut inside);
                 self.stopped = self
@@ -392,7 +418,7 @@ impl<H: Host> Worker<H> {
                 tally: &mut self.tally,
                 counting,
             };
-            break work(shared, lane, &mut window);
+            break work(shared, &engine.gate, lane, &mut window);
         };
         Gate::leave(inside);
         stay
@@ -629,6 +655,14 @@ impl<H: Host> Worker<H> {
         }
     }
 
+    /// Forgets all submissions.
+    fn abandon_all(&mut self) {
+        let mut lanes = std::mem::take(&mut self.lanes);
+        for lane in &mut lanes {
+            self.abandon(lane);
+        }
+    }
+
     /// Forgets the submission of a lane: nobody wants to hear of it.
     fn abandon(&self, lane: &mut Lane<H::Ticket>) {
         lane.state = State::Ready;
@@ -648,6 +682,32 @@ impl<H: Host> Worker<H> {
         if let Some(Replayed { ticket, through }) = replayed {
             self.shared.host.replayed(ticket, through);
         }
+    }
+}
+
+/// The work of an engine, on its own thread, until the device ends.
+pub(super) fn run<H: Host>(shared: &Shared<H>, engine: &Engine, desk: &Mutex<Worker<H>>) {
+    let mut wait = Wait::Forever;
+    while !shared.ending.load(Ordering::Relaxed) {
+        let bell = engine.listen(wait);
+        wait = desk.lock().work(engine, bell, Thread::Own);
+    }
+    desk.lock().abandon_all();
+}
+
+/// There is something new about a ring: does what can be done about it at once, unless somebody else is at it.
+pub(super) fn doorbell<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
+    engine.note(ring);
+    let Some(mut worker) = desk.try_lock() else {
+        // Whoever it is may have looked before. The engine's thread looks again.
+        engine.wake();
+        return;
+    };
+    let bell = engine.listen(Wait::No);
+    let wait = worker.work(engine, bell, Thread::Borrowed);
+    drop(worker);
+    if !matches!(wait, Wait::Forever) {
+        engine.poke();
     }
 }
 
@@ -673,11 +733,16 @@ fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
 }
 
 /// Works on the task of a lane, inside the gate.
-fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Window<'_>) -> Stay {
+fn work<H: Host>(
+    shared: &Shared<H>,
+    gate: &Gate,
+    lane: &mut Lane<H::Ticket>,
+    window: &mut Window<'_>,
+) -> Stay {
     let Some(task) = &mut lane.task else {
         return Stay::Abandoned;
     };
-    let mut budget = Budget::new();
+    let mut budget = Budget::new(gate);
     if let Some((va, length)) = task.indirect {
         match load(window, va, length, &mut lane.bytes) {
             Ok(()) => task.indirect = None,
@@ -736,6 +801,7 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
             Ok(Progress::Wait) => return Stay::Waiting,
             Err(trouble) => return Stay::Stuck(trouble),
         }
+        budget.yield_if_wanted();
         if budget.is_spent() {
             return Stay::More;
         }
@@ -751,7 +817,7 @@ fn load(window: &mut Window<'_>, va: u64, length: usize, bytes: &mut Vec<u8>) ->
         let at = va.wrapping_add(bytes.len() as u64);
         let piece = window.translate(at, ACCESS_READ, left).and_then(|from| {
             window
-                .slice(from, at, left.min(from.left_in_page(at)))
+                .slice(from, at, left.min(window.reach(from, at)))
                 .map(|piece| (from, piece))
         });
         let (from, piece) = piece.map_err(|trouble| (trouble, moved))?;

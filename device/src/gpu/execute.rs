@@ -16,48 +16,62 @@ use super::access::{OFFSET_MASK, Trouble, Window};
 use super::clock::Clock;
 use super::command::{Chase, Command};
 use super::event::EventLog;
+use super::gate::Gate;
 use super::inject::Defect;
 use super::operation::{Atomic, Operation, Width, WriteBack};
 use super::timeline::Timelines;
 use crate::sync::{now, point};
 
 /// Most bytes that are moved at once.
-const PIECE: u64 = 64 << 10;
+const PIECE: u64 = 128 << 10;
 /// Length of the way of a number over the bus and back, in steps of one or two nanoseconds.
 const BUS_STEPS: u32 = 24;
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// How much an engine may do before it goes out of its gate. The unit is a byte moved.
-#[derive(Debug)]
-pub struct Budget(u64);
+pub struct Budget<'a> {
+    left: u64,
+    gate: &'a Gate,
+}
 
-impl Budget {
+impl<'a> Budget<'a> {
     /// Some ten microseconds.
-    pub const STAY: u64 = 64 << 10;
+    pub const STAY: u64 = 256 << 10;
     /// What a command costs at least.
     const COMMAND: u64 = 256;
     /// What an operation of an ATOMIC, or a lookup, costs.
     const OPERATION: u64 = 256;
 
-    /// A budget for one stay.
-    pub fn new() -> Self {
-        Self(Self::STAY)
+    /// A budget for one stay inside `gate`.
+    pub fn new(gate: &'a Gate) -> Self {
+        Self {
+            left: Self::STAY,
+            gate,
+        }
     }
 
     /// Takes from it. What is spent may be more than what is left.
     fn spend(&mut self, cost: u64) {
-        self.0 = self.0.saturating_sub(cost);
+        self.left = self.left.saturating_sub(cost);
+    }
+
+    /// Takes from it for a piece of work that is done; all that is left if somebody waits at the gate. That is looked at
+    /// here and not before, so that every stay comes forward.
+    fn done(&mut self, cost: u64) {
+        self.spend(cost);
+        self.yield_if_wanted();
+    }
+
+    /// Takes all that is left if somebody waits at the gate.
+    pub fn yield_if_wanted(&mut self) {
+        if self.gate.is_wanted() {
+            self.left = 0;
+        }
     }
 
     /// Whether nothing is left.
     pub fn is_spent(&self) -> bool {
-        self.0 == 0
-    }
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self::new()
+        self.left == 0
     }
 }
 
@@ -184,7 +198,7 @@ impl Execution {
         window: &mut Window<'_>,
         around: &Surroundings<'_>,
         scratch: &mut Scratch,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<Progress, Trouble> {
         budget.spend(Budget::COMMAND);
         match self.command {
@@ -254,7 +268,7 @@ impl Execution {
         window: &mut Window<'_>,
         scratch: &mut Scratch,
         (destination, source, length): (u64, u64, u64),
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<bool, Trouble> {
         let left = length.saturating_sub(self.done);
         if left == 0 {
@@ -277,10 +291,10 @@ impl Execution {
 
         let stored = if self.loaded == 0 {
             let from = window.translate(source, ACCESS_READ, ahead)?;
-            let size = size.min(from.left_in_page(source));
+            let size = size.min(window.reach(from, source));
             match window.translate(destination, ACCESS_WRITE, ahead) {
                 Ok(to) => {
-                    let source = window.data(from, source, size.min(to.left_in_page(destination)))?;
+                    let source = window.data(from, source, size.min(window.reach(to, destination)))?;
                     let target = window.data(to, destination, source.len() as u64)?;
                     source.copy_to_volatile_slice(target);
                     let stored = source.len().min(target.len()) as u64;
@@ -317,7 +331,7 @@ impl Execution {
             size as u64
         };
         window.tally.copied = window.tally.copied.saturating_add(stored);
-        budget.spend(stored);
+        budget.done(stored);
         self.moved(stored);
         Ok(self.done >= length)
     }
@@ -329,7 +343,7 @@ impl Execution {
         scratch: &mut Scratch,
         address: u64,
         length: u64,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<bool, Trouble> {
         let left = length.saturating_sub(self.done);
         if left == 0 {
@@ -347,7 +361,7 @@ impl Execution {
         let stored = buffer.len() as u64;
         window.crossed(to, stored);
         window.tally.filled = window.tally.filled.saturating_add(stored);
-        budget.spend(stored);
+        budget.done(stored);
         self.moved(stored);
         Ok(self.done >= length)
     }
@@ -357,7 +371,7 @@ impl Execution {
         window: &mut Window<'_>,
         atomic: &Atomic,
         around: &Surroundings<'_>,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<Progress, Trouble> {
         let mut page: Option<(u64, Page<'_>)> = None;
         loop {
@@ -406,7 +420,7 @@ impl Execution {
                 }
             }
             window.tally.operations = window.tally.operations.saturating_add(1);
-            budget.spend(Budget::OPERATION);
+            budget.done(Budget::OPERATION);
             self.moved(1);
             self.owed = match atomic.write_back {
                 None => false,
@@ -483,7 +497,7 @@ impl Execution {
         window: &mut Window<'_>,
         around: &Surroundings<'_>,
         (address, length, access): (u64, u64, u8),
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Progress {
         while self.done < length {
             if budget.is_spent() {
@@ -498,7 +512,7 @@ impl Execution {
                 self.pointer = va.wrapping_add(size);
             }
             self.done = self.done.saturating_add(size);
-            budget.spend(Budget::OPERATION);
+            budget.done(Budget::OPERATION);
         }
         if let Some(first) = self.missing.take() {
             around.log.hint(EventRecord {
@@ -519,7 +533,7 @@ impl Execution {
         &mut self,
         window: &mut Window<'_>,
         chase: &Chase,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<Progress, Trouble> {
         while self.pointer != 0 && self.done < u64::from(chase.repeat) {
             if budget.is_spent() {
@@ -539,7 +553,7 @@ impl Execution {
             }
             self.pointer = self.load(window, next, Width::W8)?;
             self.owed = false;
-            budget.spend(Budget::OPERATION);
+            budget.done(Budget::OPERATION);
             self.moved(1);
         }
         let result = ChaseResult {
@@ -564,8 +578,8 @@ impl Execution {
 
 /// Repeats `piece` until it says that it was the last one, or the budget is spent.
 fn pieces(
-    budget: &mut Budget,
-    mut piece: impl FnMut(&mut Budget) -> Result<bool, Trouble>,
+    budget: &mut Budget<'_>,
+    mut piece: impl FnMut(&mut Budget<'_>) -> Result<bool, Trouble>,
 ) -> Result<Progress, Trouble> {
     loop {
         if piece(budget)? {

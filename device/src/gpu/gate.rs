@@ -15,10 +15,11 @@
 //! a walk finds the page table as it was when INVALIDATE went through, or newer. What an older walk
 //! found was put into the TLB, if anywhere, under the same stay inside, hence before the removal.
 //!
-//! Both leave fairly: the gate goes to whoever has waited longest. An engine stays inside for one page
-//! or a few dozen operations, so INVALIDATE waits for microseconds, and an engine among a storm of
-//! invalidations gets its turn too.
+//! Both leave fairly: the gate goes to whoever has waited longest. An engine stays inside for some microseconds,
+//! and if somebody waits, for no more than one piece of its work, so INVALIDATE waits for microseconds; and since
+//! it does that one piece in any case, an engine among a storm of invalidations comes forward too.
 
+use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::memory::{NoMemory, SystemMemory};
@@ -38,6 +39,8 @@ pub struct Inside {
 pub struct Gate {
     inside: Mutex<Inside>,
     changed: Condvar,
+    /// How many others want to go in.
+    wanted: AtomicU32,
 }
 
 impl Default for Gate {
@@ -50,14 +53,29 @@ impl Default for Gate {
         Self {
             inside: Mutex::new(inside),
             changed: Condvar::new(),
+            wanted: AtomicU32::new(0),
         }
     }
 }
 
 impl Gate {
-    /// Waits until nobody else is inside, and goes in.
+    /// For the engine: waits until nobody else is inside, and goes in.
     pub fn enter(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock()
+    }
+
+    /// For the engine: whether somebody waits for it to go out. Only a hint, which keeps nothing safe.
+    #[inline]
+    pub fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed) > 0
+    }
+
+    /// For all but the engine.
+    fn interrupt(&self) -> MutexGuard<'_, Inside> {
+        self.wanted.fetch_add(1, Ordering::Relaxed);
+        let inside = self.inside.lock();
+        self.wanted.fetch_sub(1, Ordering::Relaxed);
+        inside
     }
 
     /// Goes out and lets the next in.
@@ -67,7 +85,7 @@ impl Gate {
 
     /// Goes in for `action` and out again.
     pub fn with<R>(&self, action: impl FnOnce(&mut Inside) -> R) -> R {
-        let mut inside = self.enter();
+        let mut inside = self.interrupt();
         let result = action(&mut inside);
         Self::leave(inside);
         result
@@ -81,7 +99,7 @@ impl Gate {
     /// Wakes an engine in [`Gate::wait`], so that it looks again whether it may go on.
     pub fn notify(&self) {
         // Inside, so that an engine cannot miss it between its look and its wait.
-        let inside = self.enter();
+        let inside = self.interrupt();
         self.changed.notify_all();
         Self::leave(inside);
     }

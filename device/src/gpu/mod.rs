@@ -95,9 +95,9 @@ use timeline::Timelines;
 use vram::Vram;
 
 use crate::rate_limit::{RateLimit, warn_limited};
-use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Arc, Mutex};
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -347,7 +347,9 @@ pub enum StartError {
 /// The virtual GPU.
 pub struct Gpu<H: Host> {
     shared: Arc<Shared<H>>,
-    workers: Vec<JoinHandle<()>>,
+    /// The engines' own parts, each with whoever does its work.
+    desks: Vec<Arc<Mutex<Worker<H>>>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl<H: Host> Gpu<H> {
@@ -382,15 +384,22 @@ impl<H: Host> Gpu<H> {
         });
         let mut gpu = Self {
             shared,
-            workers: Vec::new(),
+            desks: Vec::new(),
+            threads: Vec::new(),
         };
         for engine in 0..engines {
-            let worker = Worker::new(gpu.shared.clone(), engine.into());
+            let desk = Arc::new(Mutex::new(Worker::new(gpu.shared.clone(), engine.into())));
+            gpu.desks.push(desk.clone());
+            let shared = gpu.shared.clone();
             let thread = thread::Builder::new()
                 .name(format!("engine{engine}"))
-                .spawn(move || worker.run())
+                .spawn(move || {
+                    if let Some(engine) = shared.engines.get(usize::from(engine)) {
+                        engine::run(&shared, engine, &desk);
+                    }
+                })
                 .map_err(StartError::Thread)?;
-            gpu.workers.push(thread);
+            gpu.threads.push(thread);
         }
         Ok(gpu)
     }
@@ -422,9 +431,13 @@ impl<H: Host> Gpu<H> {
         }
     }
 
-    /// A submission may have come in.
+    /// A submission may have come in. The caller may find itself working on it, for a fraction of a millisecond, so it
+    /// must not hold a lock that the [`Host`] takes.
     pub fn doorbell(&self, ring: u16) {
-        self.shared.ring(ring);
+        let number = self.shared.engine_of(ring);
+        if let (Some(engine), Some(desk)) = (self.shared.engines.get(number), self.desks.get(number)) {
+            engine::doorbell(engine, desk, ring);
+        }
     }
 
     /// Carries out a request of the control queue.
@@ -691,8 +704,8 @@ impl<H: Host> Drop for Gpu<H> {
         if late {
             shared.ending.store(true, Ordering::Relaxed);
         }
-        for worker in self.workers.drain(..) {
-            if worker.join().is_err() {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
                 log::error!("an engine thread panicked");
             }
         }

@@ -31,12 +31,17 @@ pub const MAX_NODES_PER_CONTEXT: usize = 1 << 14;
 /// Most nodes in all page tables of the device. A lowest one takes 4 KiB, others 8: 512 MiB at most.
 pub const MAX_NODES: usize = 1 << 16;
 
+/// Base-2 logarithm of the size of a *block*: small pages that are to memory what one page of that size would be.
+pub const BLOCK_SHIFT: u8 = 16;
+/// Number of small pages in a block.
+const BLOCK: usize = 1 << (BLOCK_SHIFT - PAGE_SHIFT);
+
 /// A valid entry, and the size of the page that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translation {
-    /// The entry.
+    /// The entry; of a block, that of any of its pages.
     pub pte: u64,
-    /// Base-2 logarithm of the size of the page: [`PAGE_SHIFT`] or [`LARGE_PAGE_SHIFT`].
+    /// Base-2 logarithm of the size of the page: [`PAGE_SHIFT`], [`BLOCK_SHIFT`] or [`LARGE_PAGE_SHIFT`].
     pub shift: u8,
 }
 
@@ -235,6 +240,21 @@ impl Leaf {
         }
     }
 
+    /// Whether the page of `va` is in a block: an aligned run of pages that differ in nothing but their addresses, which
+    /// are an aligned run too.
+    fn has_block(&self, va: u64) -> bool {
+        let mut blocks = self.entries.chunks_exact(BLOCK);
+        let Some((block, &first)) = blocks
+            .nth(index(va, SMALL_SHIFT) / BLOCK)
+            .and_then(|block| Some((block, block.first()?)))
+        else {
+            return false;
+        };
+        let aligned = first & PTE_ADDRESS & ((1 << BLOCK_SHIFT) - 1) == 0;
+        let mut expected = (first..).step_by(PAGE_SIZE as usize);
+        aligned && block.iter().all(|&entry| Some(entry) == expected.next())
+    }
+
     /// Clears `start..end`.
     fn clear(&mut self, start: u64, end: u64) {
         let slots = self.entries.iter_mut().skip(index(start, SMALL_SHIFT));
@@ -340,7 +360,8 @@ impl Inner {
         }
     }
 
-    fn get(&self, va: u64) -> Option<Translation> {
+    /// The entry for `va`; if `blocks`, the block that it is part of counts as its page.
+    fn get(&self, va: u64, blocks: bool) -> Option<Translation> {
         let mut node = self;
         let mut shift = TOP_SHIFT;
         loop {
@@ -355,10 +376,9 @@ impl Inner {
                 }
                 Slot::Leaf(leaf) => {
                     let pte = *leaf.entries.get(index(va, SMALL_SHIFT))?;
-                    return (pte != 0).then_some(Translation {
-                        pte,
-                        shift: PAGE_SHIFT,
-                    });
+                    let in_block = blocks && leaf.has_block(va);
+                    let shift = if in_block { BLOCK_SHIFT } else { PAGE_SHIFT };
+                    return (pte != 0).then_some(Translation { pte, shift });
                 }
             }
             shift = shift.saturating_sub(INDEX_BITS);
@@ -451,7 +471,20 @@ impl PageTable {
 
     /// The valid entry for the page that `va` is in, if there is one.
     pub fn get(&self, va: u64) -> Option<Translation> {
-        if va >= VA_END { None } else { self.root.get(va) }
+        if va >= VA_END {
+            None
+        } else {
+            self.root.get(va, false)
+        }
+    }
+
+    /// The translation of `va`, of as large a page as there is: a block counts as one.
+    pub fn translate(&self, va: u64) -> Option<Translation> {
+        if va >= VA_END {
+            None
+        } else {
+            self.root.get(va, true)
+        }
     }
 
     /// Writes `entries` from the page at `va` on, a large one if `large`: all of them, or after an error

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The translations that one engine remembers: 128 sets of four for small pages, 16 for large ones.
+//! The translations that one engine remembers: 128 sets of four for small pages, 32 for blocks of them that are to memory
+//! what one page would be, 16 for large pages.
 //!
 //! It is not coherent with the page tables. What is in it stays until it is invalidated or displaced,
 //! whatever happens to the page table, and a driver that forgets to invalidate will see that.
@@ -9,7 +10,7 @@ use std::mem;
 
 use pinion_abi::{LARGE_PAGE_SHIFT, PAGE_SHIFT, PTE_VALID};
 
-use super::page_table::Translation;
+use super::page_table::{BLOCK_SHIFT, Translation};
 
 const WAYS: usize = 4;
 
@@ -146,6 +147,7 @@ struct Last {
 pub struct Tlb {
     last: Last,
     small: Array<128, PAGE_SHIFT>,
+    blocks: Array<32, BLOCK_SHIFT>,
     large: Array<16, LARGE_PAGE_SHIFT>,
     counts: Counts,
 }
@@ -155,6 +157,7 @@ impl Default for Tlb {
         Self {
             last: Last::default(),
             small: Array::new(),
+            blocks: Array::new(),
             large: Array::new(),
             counts: Counts::default(),
         }
@@ -167,7 +170,7 @@ impl Tlb {
     /// Number of translations of large pages that it has room for besides.
     pub const LARGE_CAPACITY: usize = Array::<16, LARGE_PAGE_SHIFT>::CAPACITY;
 
-    /// The remembered translation of `va`; the newest, if pages of both sizes have been put in.
+    /// The remembered translation of `va`; the newest, if pages of several sizes have been put in.
     #[inline]
     pub fn get(&mut self, context: u32, va: u64) -> Option<Translation> {
         // Most accesses are to the page of the one before.
@@ -183,10 +186,11 @@ impl Tlb {
     }
 
     fn find(&mut self, context: u32, va: u64) -> Option<Translation> {
-        // If there is one of either size, the large one is newer: to put in a small one removes it.
+        // If there are several, the largest is the newest: to put in a smaller one removes it.
         let found = self
             .large
             .get(context, va)
+            .or_else(|| self.blocks.get(context, va))
             .or_else(|| self.small.get(context, va));
         match found {
             Some(found) => {
@@ -212,19 +216,26 @@ impl Tlb {
     /// Remembers a valid translation of `va`, instead of an older one for `va` if there is one, of
     /// whichever size.
     ///
-    /// If it is of a large page, older ones of other small pages in it may come back to light when it is
-    /// displaced; like anything else, they go for good when they are invalidated.
+    /// Older ones of other, smaller pages in its page may come back to light when it is displaced; like
+    /// anything else, they go for good when they are invalidated.
     pub fn put(&mut self, context: u32, va: u64, translation: Translation) {
         let Translation { pte, shift } = translation;
         if pte & PTE_VALID == 0 {
             return;
         }
-        let evicted = if shift == LARGE_PAGE_SHIFT {
+        if shift != PAGE_SHIFT {
             self.small.forget_page(context, va >> PAGE_SHIFT);
-            self.large.put(context, va, pte)
-        } else {
+        }
+        if shift != BLOCK_SHIFT {
+            self.blocks.forget_page(context, va >> BLOCK_SHIFT);
+        }
+        if shift != LARGE_PAGE_SHIFT {
             self.large.forget_page(context, va >> LARGE_PAGE_SHIFT);
-            self.small.put(context, va, pte)
+        }
+        let evicted = match shift {
+            LARGE_PAGE_SHIFT => self.large.put(context, va, pte),
+            BLOCK_SHIFT => self.blocks.put(context, va, pte),
+            _ => self.small.put(context, va, pte),
         };
         self.counts.evictions = self.counts.evictions.wrapping_add(evicted.into());
         // Which also replaces what was used last, should that be what has made room.
@@ -238,6 +249,7 @@ impl Tlb {
         };
         self.last = Last::default();
         self.small.forget_range(context, va, last);
+        self.blocks.forget_range(context, va, last);
         self.large.forget_range(context, va, last);
     }
 
@@ -245,6 +257,7 @@ impl Tlb {
     pub fn invalidate_context(&mut self, context: u32) {
         self.last = Last::default();
         self.small.forget_where(|entry| entry.context == context);
+        self.blocks.forget_where(|entry| entry.context == context);
         self.large.forget_where(|entry| entry.context == context);
     }
 
@@ -252,6 +265,7 @@ impl Tlb {
     pub fn clear(&mut self) {
         self.last = Last::default();
         self.small.forget_where(|_| true);
+        self.blocks.forget_where(|_| true);
         self.large.forget_where(|_| true);
     }
 
@@ -273,6 +287,13 @@ mod tests {
         Translation {
             pte: PTE_VALID | (n << 12),
             shift: PAGE_SHIFT,
+        }
+    }
+
+    fn block(n: u64) -> Translation {
+        Translation {
+            pte: PTE_VALID | (n << 16),
+            shift: BLOCK_SHIFT,
         }
     }
 
@@ -461,11 +482,12 @@ mod tests {
                     });
                 }
                 8..20 => {
-                    let translation = if next(3) == 0 { large(n) } else { small(n) };
+                    let translation = [small(n), block(n), large(n)][next(3) as usize];
                     tlb.put(context, va, translation);
                     let shift = translation.shift;
-                    let other = PAGE_SHIFT + LARGE_PAGE_SHIFT - shift;
-                    model.remove(&(context, va >> other, other));
+                    for other in [PAGE_SHIFT, BLOCK_SHIFT, LARGE_PAGE_SHIFT] {
+                        model.remove(&(context, va >> other, other));
+                    }
                     model.insert((context, va >> shift, shift), translation);
                     assert_eq!(tlb.get(context, va), Some(translation));
                 }

@@ -45,6 +45,11 @@ impl<T> Mutex<T> {
         // A thread that panics ends the run, so nobody comes to see what it has left behind.
         MutexGuard(Some(self.0.lock().unwrap_or_else(PoisonError::into_inner)))
     }
+
+    /// Closes it if it is open.
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        self.0.try_lock().ok().map(|guard| MutexGuard(Some(guard)))
+    }
 }
 
 impl<T> MutexGuard<'_, T> {

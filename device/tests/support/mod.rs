@@ -346,6 +346,15 @@ impl Virtqueue {
         token
     }
 
+    /// Makes a chain that has come back available once more, and kicks.
+    pub fn send_again(&mut self, token: Token) -> Token {
+        let since = self.available;
+        self.used.remove(&token.head);
+        self.offer(token.head);
+        self.kick(since);
+        token
+    }
+
     /// What the device is kicked with.
     pub fn kicker(&self) -> EventFd {
         self.kick.try_clone().unwrap()
@@ -383,12 +392,21 @@ impl Virtqueue {
         self.seen
     }
 
-    /// Waits until something new comes back, by the device's notification.
-    pub fn wait_for_more(&mut self, what: &str, deadline: Instant) {
-        // Ask for a notification of the next one, and look again before sleeping.
+    /// Asks for a notification of the next chain that comes back. False: there is one already.
+    pub fn arm(&mut self) -> bool {
         self.store16(self.driver_area() + 4 + 2 * u64::from(QUEUE_SIZE), self.seen);
         fence(Ordering::SeqCst);
-        if self.load16(self.device_area() + 2) != self.seen {
+        self.load16(self.device_area() + 2) == self.seen
+    }
+
+    /// What the device notifies the driver through.
+    pub fn call(&self) -> &EventFd {
+        &self.call
+    }
+
+    /// Waits until something new comes back, by the device's notification.
+    pub fn wait_for_more(&mut self, what: &str, deadline: Instant) {
+        if !self.arm() {
             return;
         }
         let left = deadline.saturating_duration_since(Instant::now());
