@@ -151,22 +151,20 @@ fn rings_of_one_context_take_turns() {
 
 #[test]
 fn time_that_a_context_did_not_use_is_not_saved_up() {
-    let mut rig = Rig::build(settings(2, 1), &[]);
-    with_pages(&mut rig, 2);
-    rig.submit(0, 0, &[increments(VA, u32::MAX)]);
-    let slices = rig.statistic("slices");
-    until("one context to work alone for long", || {
-        rig.statistic("slices") > slices + 400
+    // Again if the host has taken the processor away, which counts as time that was had.
+    until("a context to go on although another one comes late", || {
+        let mut rig = Rig::build(settings(2, 1), &[]);
+        with_pages(&mut rig, 2);
+        rig.submit(0, 0, &[increments(VA, u32::MAX)]);
+        let slices = rig.statistic("slices");
+        until("one context to work alone for long", || {
+            rig.statistic("slices") > slices + 400
+        });
+        rig.submit(1, 1, &[increments(VA, u32::MAX)]);
+        until("the other to begin", || rig.vram_load(PAGE_SIZE) > 0);
+        let (slices, before) = (rig.statistic("slices"), rig.vram_load(0));
+        until("the first to go on", || rig.vram_load(0) != before);
+        // It does not have to wait until the other has made up for all that it did before.
+        rig.statistic("slices") < slices + 40
     });
-    // The other comes late; the first goes on nevertheless.
-    rig.submit(1, 1, &[increments(VA, u32::MAX)]);
-    until("the other to begin", || rig.vram_load(PAGE_SIZE) > 0);
-    let slices = rig.statistic("slices");
-    let before = rig.vram_load(0);
-    until("both to work", || rig.statistic("slices") > slices + 20);
-    assert_ne!(
-        rig.vram_load(0),
-        before,
-        "it has to make up for what it had before"
-    );
 }
