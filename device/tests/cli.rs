@@ -17,7 +17,21 @@ fn program() -> Command {
 }
 
 fn run(arguments: &[&str]) -> (Output, String) {
-    let output = program().args(arguments).output().unwrap();
+    let mut child = program()
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = std::time::Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > PATIENCE {
+            child.kill().unwrap();
+            panic!("waited {PATIENCE:?} for the end of pinion-device {arguments:?}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().unwrap();
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     (output, said)
 }
@@ -74,7 +88,10 @@ fn wrong_arguments_end_it_with_a_reason() {
             &["--socket-path", "a", "--vram", "1M", "--aperture", "2M"],
             "--aperture 2M",
         ),
-        (&["--socket-path", "a", "--engines", "2"], "--engines 2"),
+        (
+            &["--socket-path", "a", "--rings", "1", "--engines", "2"],
+            "--engines 2",
+        ),
         (&["--socket-path", "a", "--watchdog", "soon"], "'soon'"),
         (&["--fd", "77"], "file descriptor 77"),
         (&["--fd", "2"], "file descriptor 2"),

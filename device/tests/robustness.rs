@@ -437,6 +437,31 @@ fn queues_that_lie_on_each_other_or_in_nothing() {
 }
 
 #[test]
+fn a_queue_of_a_size_that_none_can_have_is_refused() {
+    let mut daemon = Daemon::start(&[]);
+    for (size, refused) in [(100, true), (3, true), (64, false)] {
+        let guest = Guest::negotiate(daemon.connect(), 1);
+        let host = guest.regions()[0].userspace_addr;
+        let config = VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: host,
+            used_ring_addr: host + 0x3000,
+            avail_ring_addr: host + 0x2000,
+            log_addr: None,
+        };
+        let frontend = &guest.frontend;
+        let taken = frontend
+            .set_vring_num(0, size)
+            .and_then(|()| frontend.set_vring_addr(0, &config));
+        assert_eq!(taken.is_err(), refused, "{size}");
+    }
+    next_one_is_served(&mut daemon, "sizes that none can have");
+    ends_well(daemon);
+}
+
+#[test]
 fn descriptors_that_block_keep_nobody() {
     let mut daemon = Daemon::start(&[]);
     // A counter that is full: a store to it would wait until somebody has read it.

@@ -223,3 +223,168 @@ fn vram_has_atomics_and_system_memory_has_none() {
         );
     }
 }
+
+#[test]
+fn loads_and_stores_need_one_right_each() {
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    let valid = abi::PTE_VALID;
+    let load = abi::Command {
+        operation: abi::ATOMIC_LOAD,
+        operand: 0,
+        flags: abi::COMMAND_WRITE_BACK,
+        source: VA + PAGE_SIZE,
+        ..increments(VA, 1)
+    };
+    let store = abi::Command {
+        operation: abi::ATOMIC_STORE,
+        operand: 77,
+        ..load
+    };
+    for target in [0, abi::PTE_VRAM] {
+        for (command, right, access, reason) in [
+            (load, abi::PTE_READ, abi::ACCESS_READ, abi::REASON_READ),
+            (store, abi::PTE_WRITE, abi::ACCESS_WRITE, abi::REASON_WRITE),
+        ] {
+            rig.clear(0);
+            rig.store(PAGE_SIZE, 5);
+            let others = (READ | abi::PTE_WRITE | abi::PTE_ATOMIC) & !right;
+            rig.map(0, VA, &[others | target, RW | PAGE_SIZE]);
+            let sequence = rig.submit(0, 0, &[command]);
+            let fault = rig.fault();
+            assert_eq!((fault.access, fault.reason), (access, reason));
+            rig.clear(0);
+            rig.map(0, VA, &[valid | right | target, RW | PAGE_SIZE]);
+            assert_eq!(rig.replay(0, fault.fault), Ok(1));
+            assert_eq!(rig.finish(sequence).status, OK);
+        }
+        // A STORE does not look at what was there.
+        assert_eq!(rig.load(PAGE_SIZE), 0);
+    }
+    assert_eq!((rig.load(0), rig.vram_load(0)), (77, 77));
+    // A LOAD does.
+    rig.clear(0);
+    rig.map(0, VA, &[READ, RW | PAGE_SIZE]);
+    assert_eq!(rig.run(0, &[load]).status, OK);
+    assert_eq!((rig.load(0), rig.load(PAGE_SIZE)), (77, 77));
+}
+
+/// `repeat` additions to numbers of four bytes in three pages in turn, with all that they find written over several pages.
+fn additions_that_tell_all(repeat: u32) -> abi::Command {
+    abi::Command {
+        width: 4,
+        operand: 3,
+        flags: abi::COMMAND_WRITE_BACK | abi::COMMAND_WRITE_BACK_ALL,
+        stride: PAGE_SIZE as u32,
+        span: 3,
+        source: VA + 11 * PAGE_SIZE - 8,
+        ..increments(VA + 16, repeat)
+    }
+}
+
+/// What the operations of [`additions_that_tell_all`] have found, and where the numbers got to.
+fn expect_all_told(rig: &Rig, command: &abi::Command, repeat: u32) {
+    for index in 0..repeat {
+        let va = command.source + 4 * u64::from(index);
+        let found = rig.bytes(scattered(va & !0xfff) + (va & 0xfff), 4);
+        let expected = index / 3 * 3;
+        assert_eq!(found, expected.to_le_bytes(), "operation {index}");
+    }
+    let sums: u32 = (0..3)
+        .map(|page| rig.load(scattered(VA + page * PAGE_SIZE) + 16) as u32)
+        .sum();
+    assert_eq!(sums, 3 * repeat);
+}
+
+#[test]
+fn all_that_is_found_is_written_back_once_whatever_faults() {
+    let repeat = 100;
+    let command = additions_that_tell_all(repeat);
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    rig.submit(0, 0, &[command]);
+    let done = rig.one_page_at_a_time(0, |page| ALL | scattered(page));
+    assert_eq!((done.status, done.executed), (OK, 1));
+    expect_all_told(&rig, &command, repeat);
+
+    // The same while pages come and go at any moment, and many more times.
+    let repeat = 3000;
+    let command = additions_that_tell_all(repeat);
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    rig.submit(0, 0, &[command]);
+    let mut random = Random(11);
+    let done = rig.drive(
+        0,
+        |page| ALL | scattered(page),
+        |rig| {
+            let page = random.below(16);
+            rig.invalidate(0, VA + page * PAGE_SIZE, PAGE_SIZE, abi::INVALIDATE_CLEAR);
+        },
+    );
+    assert_eq!(done.status, OK);
+    expect_all_told(&rig, &command, repeat);
+}
+
+#[test]
+fn what_was_done_is_said_exactly_when_a_write_back_is_given_up() {
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    for page in 0..3 {
+        rig.map(
+            0,
+            VA + page * PAGE_SIZE,
+            &[ALL | scattered(VA + page * PAGE_SIZE)],
+        );
+    }
+    let command = additions_that_tell_all(50);
+    let first = VA + 10 * PAGE_SIZE;
+    rig.map(0, first, &[RW | scattered(first)]);
+    let sequence = rig.submit(0, 0, &[nop(), command]);
+    // The first two results fit on the page.
+    let fault = rig.fault();
+    assert_eq!((fault.va, fault.access), (VA + 11 * PAGE_SIZE, abi::ACCESS_WRITE));
+    assert_eq!(fault.length, 4 * 48, "the rest of the results");
+    assert_eq!(rig.cancel(0, fault.fault), OK);
+    let done = rig.finish(sequence);
+    assert_eq!(
+        (done.executed, done.repeats),
+        (1, 3),
+        "one more was done than told of"
+    );
+    assert_eq!(done.fault_va, VA + 11 * PAGE_SIZE);
+    let numbers = [0, 1, 2].map(|page| rig.load(scattered(VA + page * PAGE_SIZE) + 16));
+    assert_eq!(numbers, [3, 3, 3]);
+}
+
+#[test]
+fn bad_pages_end_a_command_where_they_begin() {
+    // Where memory ends.
+    let nowhere = VA + PAGE_SIZE;
+    for (command, at) in [
+        (fill(VA + 8, 8192, 8, 1), nowhere),
+        (copy(nowhere + 5, VA, 10), nowhere + 5),
+        (copy(VA, nowhere + 5, 10), nowhere + 5),
+        (increments(nowhere + 64, 3), nowhere + 64),
+        (semaphore_wait(nowhere + 8, 0), nowhere + 8),
+        (semaphore_signal(nowhere + 8, 0), nowhere + 8),
+        (timestamp(nowhere + 16), nowhere + 16),
+        (fence_to(0, nowhere + 24), nowhere + 24),
+    ] {
+        for target in [0, abi::PTE_VRAM] {
+            let mut rig = Rig::new(1);
+            rig.create(0);
+            rig.map(0, VA, &[ALL, ALL | target | MEMORY]);
+            let done = rig.run(0, &[nop(), command]);
+            assert_eq!(
+                (done.status, done.executed, done.fault_va),
+                (abi::STATUS_BUS_ERROR, 1, at),
+                "{command:?}"
+            );
+            let event = rig.event();
+            assert_eq!((event.kind, event.va), (abi::EVENT_CONTEXT_ERROR, at));
+            assert_eq!(event.status, abi::STATUS_BUS_ERROR);
+            assert_eq!(rig.context_status(0), abi::STATUS_BUS_ERROR);
+        }
+    }
+}

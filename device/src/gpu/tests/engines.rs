@@ -130,40 +130,41 @@ fn race(contexts: [u32; 4]) -> [u64; 4] {
 
 #[test]
 fn a_context_with_many_rings_gets_no_more_than_one_with_one() {
-    let [a, b, c, alone] = race([0, 0, 0, 1]);
-    let share = alone as f64 / (a + b + c + alone) as f64;
-    // By rings it would be a quarter.
-    assert!((0.38..0.62).contains(&share), "{share} of the work was done");
+    // By rings it would be a quarter. A busy host takes the processor away from whoever has it, which makes
+    // what was done in equal times unequal: then the race is run again.
+    until("a context with one ring to do half of the work", || {
+        let [a, b, c, alone] = race([0, 0, 0, 1]);
+        let share = alone as f64 / (a + b + c + alone) as f64;
+        (0.42..0.58).contains(&share)
+    });
 }
 
 #[test]
 fn rings_of_one_context_take_turns() {
-    let counts = race([0, 0, 0, 0]);
-    let sum: u64 = counts.iter().sum();
-    for count in counts {
-        let share = count as f64 / sum as f64;
-        assert!((0.15..0.35).contains(&share), "{counts:?}");
-    }
+    until("four rings to do a quarter of the work each", || {
+        let counts = race([0, 0, 0, 0]);
+        let sum: u64 = counts.iter().sum();
+        let share = |count: u64| count as f64 / sum as f64;
+        counts.iter().all(|&count| (0.19..0.31).contains(&share(count)))
+    });
 }
 
 #[test]
 fn time_that_a_context_did_not_use_is_not_saved_up() {
-    let mut rig = Rig::build(settings(2, 1), &[]);
-    with_pages(&mut rig, 2);
-    rig.submit(0, 0, &[increments(VA, u32::MAX)]);
-    let slices = rig.statistic("slices");
-    until("one context to work alone for long", || {
-        rig.statistic("slices") > slices + 400
+    // Again if the host has taken the processor away, which counts as time that was had.
+    until("a context to go on although another one comes late", || {
+        let mut rig = Rig::build(settings(2, 1), &[]);
+        with_pages(&mut rig, 2);
+        rig.submit(0, 0, &[increments(VA, u32::MAX)]);
+        let slices = rig.statistic("slices");
+        until("one context to work alone for long", || {
+            rig.statistic("slices") > slices + 400
+        });
+        rig.submit(1, 1, &[increments(VA, u32::MAX)]);
+        until("the other to begin", || rig.vram_load(PAGE_SIZE) > 0);
+        let (slices, before) = (rig.statistic("slices"), rig.vram_load(0));
+        until("the first to go on", || rig.vram_load(0) != before);
+        // It does not have to wait until the other has made up for all that it did before.
+        rig.statistic("slices") < slices + 40
     });
-    // The other comes late; the first goes on nevertheless.
-    rig.submit(1, 1, &[increments(VA, u32::MAX)]);
-    until("the other to begin", || rig.vram_load(PAGE_SIZE) > 0);
-    let slices = rig.statistic("slices");
-    let before = rig.vram_load(0);
-    until("both to work", || rig.statistic("slices") > slices + 20);
-    assert_ne!(
-        rig.vram_load(0),
-        before,
-        "it has to make up for what it had before"
-    );
 }

@@ -166,3 +166,152 @@ fn what_the_driver_is_not_told_is_bounded() {
         );
     }
 }
+
+#[test]
+fn a_fault_says_how_far_the_command_will_go_on() {
+    let far = VA + 100 * PAGE_SIZE;
+    let atomic = |stride: u64, span: u32, repeat: u32| abi::Command {
+        stride: stride as u32,
+        span,
+        ..increments(far + 8, repeat)
+    };
+    let told = |flags: u8| abi::Command {
+        flags,
+        source: far,
+        ..increments(VA, 1000)
+    };
+    for (command, length) in [
+        (copy(VA, far + 3, 3 * PAGE_SIZE), 3 * PAGE_SIZE),
+        (copy(far + 3, VA, 3 * PAGE_SIZE), 3 * PAGE_SIZE),
+        (copy(far, VA, 1), 1),
+        (fill(far, 9 * PAGE_SIZE, 8, 0), 9 * PAGE_SIZE),
+        (atomic(8, 0, 1000), 8000),
+        (atomic(8, 10, 1000), 80),
+        (atomic(0, 0, 1000), 8),
+        (atomic(PAGE_SIZE, 3, 9), 2 * PAGE_SIZE + 8),
+        // Pages are left out.
+        (atomic(2 * PAGE_SIZE, 3, 9), 8),
+        (told(abi::COMMAND_WRITE_BACK), 8),
+        (told(abi::COMMAND_WRITE_BACK | abi::COMMAND_WRITE_BACK_ALL), 8000),
+        (semaphore_wait(far, 0), 8),
+        (
+            abi::Command {
+                width: 4,
+                ..semaphore_wait(far, 0)
+            },
+            4,
+        ),
+        (semaphore_signal(far, 0), 8),
+        (timestamp(far), 8),
+        (fence_to(0, far), 8),
+    ] {
+        let command = if command.width == 4 {
+            abi::Command {
+                compare: 0xffff_ffff,
+                ..command
+            }
+        } else {
+            command
+        };
+        let mut rig = Rig::new(1);
+        rig.create(0);
+        rig.map(0, VA, &[ALL; 16]);
+        rig.submit(0, 0, &[command]);
+        let fault = rig.fault();
+        assert_eq!(fault.va & !0xfff, far);
+        assert_eq!(fault.length, length, "{command:?}");
+    }
+}
+
+#[test]
+fn a_fault_in_the_middle_says_what_is_left() {
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    rig.map(0, VA, &[ALL; 4]);
+    for (command, at, length) in [
+        (
+            fill(VA + 8, 8 * PAGE_SIZE, 8, 0),
+            VA + 4 * PAGE_SIZE,
+            4 * PAGE_SIZE + 8,
+        ),
+        (
+            copy(VA + 5, VA + 7, 6 * PAGE_SIZE),
+            VA + 4 * PAGE_SIZE,
+            2 * PAGE_SIZE + 7,
+        ),
+        (
+            abi::Command {
+                stride: 16,
+                ..increments(VA, 2000)
+            },
+            VA + 4 * PAGE_SIZE,
+            32_000 - 16 - 4 * PAGE_SIZE + 8,
+        ),
+    ] {
+        let sequence = rig.submit(0, 0, &[command]);
+        let fault = rig.fault();
+        assert_eq!((fault.va, fault.length), (at, length), "{command:?}");
+        assert_eq!(rig.cancel(0, fault.fault), OK);
+        rig.finish(sequence);
+        rig.event();
+        assert_eq!(rig.simple(abi::REQUEST_CONTEXT_RESET, 0), OK);
+    }
+    // One who maps as much as the hint says has no other fault.
+    let before = rig.statistic("faults");
+    let sequence = rig.submit(0, 0, &[fill(VA + 8, 8 * PAGE_SIZE, 8, 0)]);
+    let fault = rig.fault();
+    let pages = (fault.va % PAGE_SIZE + fault.length).div_ceil(PAGE_SIZE);
+    rig.map(0, fault.va, &vec![ALL; pages as usize]);
+    assert_eq!(rig.replay(0, fault.fault), Ok(1));
+    assert_eq!(rig.finish(sequence).status, OK);
+    assert_eq!(rig.statistic("faults"), before + 1);
+}
+
+#[test]
+fn pages_whose_content_is_lost_fault_whatever_is_done() {
+    let mut rig = Rig::new(1);
+    rig.create(0);
+    for target in [0, abi::PTE_VRAM] {
+        for command in [
+            copy(VA + 4 * PAGE_SIZE, VA, 8),
+            copy(VA, VA + 4 * PAGE_SIZE, 8),
+            fill(VA, 8, 8, 0),
+            increments(VA, 1),
+            semaphore_wait(VA, 0),
+            semaphore_signal(VA, 0),
+        ] {
+            rig.clear(0);
+            rig.map(
+                0,
+                VA,
+                &[ALL | target | abi::PTE_POISONED, 0, 0, 0, RW | (7 * PAGE_SIZE)],
+            );
+            let sequence = rig.submit(0, 0, &[command]);
+            let fault = rig.fault();
+            assert_eq!(
+                (fault.reason, fault.va),
+                (abi::REASON_POISONED, VA),
+                "{command:?}"
+            );
+            assert_eq!(rig.replay(0, fault.fault), Ok(0));
+            let fault = rig.fault();
+            assert_eq!(fault.reason, abi::REASON_POISONED);
+            // A page in its place needs an INVALIDATE only if somebody could remember the old one; nobody can.
+            rig.map(0, VA, &[ALL | target]);
+            rig.store(0, 0);
+            rig.vram_write(0, &[0; 8]);
+            assert_eq!(rig.replay(0, fault.fault), Ok(1));
+            assert_eq!(rig.finish(sequence).status, OK);
+        }
+    }
+    // Whatever else the entry says has to be well-formed.
+    assert_eq!(
+        rig.try_map(0, VA, &[abi::PTE_VALID | abi::PTE_POISONED | 1 << 60], 0),
+        abi::STATUS_INVALID
+    );
+    // Without VALID it is no entry at all.
+    rig.clear(0);
+    rig.map(0, VA, &[abi::PTE_POISONED]);
+    rig.submit(0, 0, &[fill(VA, 8, 8, 0)]);
+    assert_eq!(rig.fault().reason, abi::REASON_NOT_PRESENT);
+}

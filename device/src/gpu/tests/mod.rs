@@ -5,6 +5,7 @@
 //! Here is what the tests have in common: a host that keeps work in queues, and a [`Rig`] with a device in it. Nothing
 //! waits without a limit, and what it waited for is in the message when the limit is reached.
 
+mod bus;
 mod chase;
 mod commands;
 mod contexts;
@@ -14,8 +15,11 @@ mod faults;
 mod indirect;
 mod injections;
 mod large;
+mod model;
 mod prefetch;
 mod promise;
+mod property;
+mod statistics;
 mod waiting;
 mod watchdog;
 
