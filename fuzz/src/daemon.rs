@@ -330,7 +330,7 @@ impl Guest {
                 let address = if u.arbitrary()? {
                     u.arbitrary()?
                 } else {
-                    BUFFERS + shape::length(u)?
+                    BUFFERS.wrapping_add(shape::length(u)?)
                 };
                 let next = u.int_in_range(0..=SIZE)?;
                 self.describe(
