@@ -141,7 +141,7 @@ impl Rig {
             .0
             .push_back((self.tickets, submission));
         drop(lists);
-        self.gpu.doorbell(ring);
+        self.gpu.attend(ring);
     }
 
     fn step(&mut self, u: &mut Unstructured<'_>) -> arbitrary::Result<()> {

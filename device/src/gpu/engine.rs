@@ -2,8 +2,8 @@
 
 //! Engines: each serves some rings, a slice of time after the other.
 //!
-//! An engine has a thread, but that is not always who does its work. Whoever rings a doorbell while the engine has nothing to do
-//! begins with it himself ([`doorbell`]): to wake another thread takes longer than most submissions. After one slice the thread
+//! An engine has a thread, but that is not always who does its work. Whoever has time for it when a doorbell rings, and the engine has nothing to do,
+//! begins with it himself ([`attend`]): to wake another thread takes longer than most submissions. After one slice the thread
 //! takes over, as it does in everything that has to be waited for.
 //!
 //! Ring `n` is on engine `n % engines`. A ring that cannot go on (it is stalled on a fault, waits for a semaphore or for
@@ -696,17 +696,19 @@ pub(super) fn run<H: Host>(shared: &Shared<H>, engine: &Engine, desk: &Mutex<Wor
 }
 
 /// There is something new about a ring: does what can be done about it at once, unless somebody else is at it.
-pub(super) fn doorbell<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
+pub(super) fn attend<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
     engine.note(ring);
     let Some(mut worker) = desk.try_lock() else {
         // Whoever it is may have looked before. The engine's thread looks again.
-        engine.wake();
+        if !sabotaged(Sabotage::LeavesUnsaid) {
+            engine.wake();
+        }
         return;
     };
     let bell = engine.listen(Wait::No);
     let wait = worker.work(engine, bell, Thread::Borrowed);
     drop(worker);
-    if !matches!(wait, Wait::Forever) {
+    if !matches!(wait, Wait::Forever) && !sabotaged(Sabotage::LeavesUnsaid) {
         engine.poke();
     }
 }

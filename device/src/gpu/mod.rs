@@ -437,12 +437,17 @@ impl<H: Host> Gpu<H> {
         }
     }
 
-    /// A submission may have come in. The caller may find itself working on it, for a fraction of a millisecond, so it
-    /// must not hold a lock that the [`Host`] takes.
+    /// A submission may have come in.
     pub fn doorbell(&self, ring: u16) {
+        self.shared.ring(ring);
+    }
+
+    /// A submission may have come in, and the caller has time: it does the first of the work itself, for a fraction of a
+    /// millisecond, if nobody else is at it. It must not hold a lock that the [`Host`] takes.
+    pub fn attend(&self, ring: u16) {
         let number = self.shared.engine_of(ring);
         if let (Some(engine), Some(desk)) = (self.shared.engines.get(number), self.desks.get(number)) {
-            engine::doorbell(engine, desk, ring);
+            engine::attend(engine, desk, ring);
         }
     }
 
