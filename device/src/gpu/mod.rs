@@ -21,7 +21,7 @@
 //! | `inject.rs`, `statistics.rs`, `state.rs` | deliberate defects; what has happened, and how things are |
 //! | `sabotage.rs` | promises that models break |
 //!
-//! Lock order: gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
+//! Lock order: making, then any other; gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
 //! then event log; counters, then event log. Nothing else is nested, and the [`Host`] is called with none of them held.
 
 #![deny(
@@ -186,6 +186,8 @@ struct Shared<H: Host> {
     injector: Arc<Injector>,
     /// For each kind of mistake that is logged.
     complaints: [RateLimit; 5],
+    /// Held while a context or a counter is made, and while the device is reset.
+    making: Mutex<()>,
     ending: AtomicBool,
 }
 
@@ -292,6 +294,9 @@ impl<H: Host> Shared<H> {
 
     /// Ends all contexts and their work, and clears VRAM.
     fn reset_device(&self) {
+        // A device can reset itself while a request is carried out. What that makes is there before, and goes, or comes
+        // after.
+        let _making = self.making.lock();
         for (first, position) in self.reset.iter().zip(self.positions()) {
             first.fetch_max(position, Ordering::AcqRel);
         }
@@ -380,6 +385,7 @@ impl<H: Host> Gpu<H> {
             statistics,
             injector,
             complaints: Default::default(),
+            making: Mutex::new(()),
             ending: AtomicBool::new(false),
         });
         let mut gpu = Self {
@@ -486,7 +492,10 @@ impl<H: Host> Gpu<H> {
         match request {
             // REPLAY is answered elsewhere.
             Request::Ping | Request::Replay { .. } => {}
-            Request::Create { context } => shared.contexts.create(context, shared.positions())?,
+            Request::Create { context } => {
+                let _making = shared.making.lock();
+                shared.contexts.create(context, shared.positions())?;
+            }
             Request::Destroy { context } => self.destroy(context)?,
             Request::ContextReset { context } => self.reset_context(context)?,
             Request::DeviceReset => shared.reset_device(),
@@ -509,6 +518,7 @@ impl<H: Host> Gpu<H> {
             }
             Request::Query(query) => return self.query(query),
             Request::Count(request) => {
+                let _making = shared.making.lock();
                 let context = shared.contexts.get(request.context)?;
                 let any = shared.counters.set(&request, &shared.log)?;
                 context.set_counting(any);
