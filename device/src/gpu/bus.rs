@@ -56,6 +56,11 @@ impl Bus {
         *free = done;
         (done > now).then_some(done)
     }
+
+    /// Forgets what it was given: the device is reset.
+    pub fn clear(&self) {
+        *self.free.lock() = now().checked_sub(SLACK).unwrap_or_else(now);
+    }
 }
 
 #[cfg(test)]

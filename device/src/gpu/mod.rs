@@ -301,12 +301,16 @@ impl<H: Host> Shared<H> {
             first.fetch_max(position, Ordering::AcqRel);
         }
         self.contexts.remove_all();
-        let woken = self.faults.end_all(Error::Reset);
+        // First the counters: those that are there still can put something into the log.
         self.counters.clear();
+        let woken = self.faults.end_all(Error::Reset);
         if sabotaged(Sabotage::ClearsVramEarly) {
             self.vram.clear();
         }
         self.through_gates(|inside| inside.tlb.clear());
+        // A PREFETCH that was in flight has put its hint into the log behind the rest.
+        self.log.forget_hints(None);
+        self.bus.clear();
         for engine in &self.engines {
             engine.gate.notify();
         }
@@ -570,6 +574,7 @@ impl<H: Host> Gpu<H> {
         shared.counters.forget(id);
         let woken = shared.faults.end_context(id);
         shared.through_gates(|inside| inside.tlb.invalidate_context(id));
+        shared.log.forget_hints(Some(id));
         self.interrupt(woken);
         if late {
             shared.contexts.remove(id)?;
@@ -586,6 +591,7 @@ impl<H: Host> Gpu<H> {
         let woken = shared.faults.reset_context(&context, &shared.positions());
         // Through all gates once: what was in flight has ended.
         self.interrupt(woken);
+        shared.log.forget_hints(Some(id));
         Ok(())
     }
 
