@@ -42,12 +42,17 @@ impl<'a> Budget<'a> {
     /// What an operation of an ATOMIC, or a lookup, costs.
     const OPERATION: u64 = 256;
 
-    /// A budget for one stay inside `gate`.
-    pub fn new(gate: &'a Gate) -> Self {
+    /// A budget for one stay inside `gate`: no more than `most`, if that is less than usual.
+    pub fn new(gate: &'a Gate, most: u64) -> Self {
         Self {
-            left: Self::STAY,
+            left: Self::STAY.min(most),
             gate,
         }
+    }
+
+    /// Most bytes that are moved at once.
+    fn piece(&self) -> u64 {
+        PIECE.min(self.left).max(PAGE_SIZE)
     }
 
     /// Takes from it. What is spent may be more than what is left.
@@ -282,7 +287,7 @@ impl Execution {
             let size = left.min(before_end(source)).min(before_end(destination));
             (left.wrapping_sub(size), size)
         } else {
-            (self.done, left.min(PIECE))
+            (self.done, left.min(budget.piece()))
         };
         let (source, destination) = (source.wrapping_add(offset), destination.wrapping_add(offset));
         // What can be said to the driver in advance: only forwards does the rest lie ahead.

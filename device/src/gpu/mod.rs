@@ -99,6 +99,9 @@ use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Mutex};
 
+/// Number of statuses.
+const STATUSES: usize = abi::STATUS_HUNG as usize + 1;
+
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -185,7 +188,7 @@ struct Shared<H: Host> {
     statistics: Arc<Statistics>,
     injector: Arc<Injector>,
     /// For each kind of mistake that is logged.
-    complaints: [RateLimit; 5],
+    complaints: [RateLimit; STATUSES],
     /// Held while a context or a counter is made, and while the device is reset.
     making: Mutex<()>,
     ending: AtomicBool,
@@ -256,22 +259,22 @@ impl<H: Host> Shared<H> {
         }
     }
 
-    /// Counts and logs an error: once in a while those that only a mistake leads to, the others when somebody debugs.
-    fn refused(&self, what: &str, error: Error) {
+    /// Counts an error, and logs it once in a while: as a warning if only a mistake leads to it.
+    fn refused(&self, what: std::fmt::Arguments<'_>, error: Error) {
         self.statistics.status(error).count();
-        let mistake = match error {
-            Error::Invalid => 0,
-            Error::Unsupported => 1,
-            Error::BadAddress => 2,
-            Error::Bus => 3,
-            Error::Limit => 4,
-            _ => {
-                log::debug!("{what}: {error}");
-                return;
-            }
+        let Some(limit) = self.complaints.get(error.code() as usize) else {
+            return;
         };
-        if let Some(limit) = self.complaints.get(mistake) {
-            warn_limited!(limit = *limit; "{what} of the driver was refused: {error}");
+        match error {
+            Error::Invalid | Error::Unsupported | Error::BadAddress | Error::Bus | Error::Limit => {
+                warn_limited!(limit = *limit; "{what} was refused: {error}");
+            }
+            // A driver gets these without a mistake too: things end while it speaks of them.
+            _ => {
+                if let Some(suppressed) = limit.admit() {
+                    log::info!("{what} was refused: {error}{suppressed}");
+                }
+            }
         }
     }
 
@@ -470,19 +473,21 @@ impl<H: Host> Gpu<H> {
                         }
                         return Answer::Later;
                     }
-                    Err((ticket, error)) => return Answer::Now(ticket, self.response(Err(error))),
+                    Err((ticket, error)) => return Answer::Now(ticket, self.response(request, Err(error))),
                 }
             }
             Ok(request) => self.carry_out(request),
             Err(error) => Err(error),
         };
-        Answer::Now(ticket, self.response(result))
+        Answer::Now(ticket, self.response(request, result))
     }
 
-    fn response(&self, result: Result<u64, Error>) -> abi::Response {
+    fn response(&self, request: &[u8], result: Result<u64, Error>) -> abi::Response {
         if let Err(error) = &result {
             self.shared.statistics.requests_refused.count();
-            self.shared.refused("a request", *error);
+            let (opcode, context) = request::subject(request);
+            self.shared
+                .refused(format_args!("request {opcode} for context {context}"), *error);
         }
         abi::Response {
             status: status::code(&result),
@@ -599,7 +604,7 @@ impl<H: Host> Gpu<H> {
     pub fn invalidate(&self, request: &[u8]) -> abi::Response {
         self.shared.statistics.invalidations.count();
         let result = Invalidate::decode(request).and_then(|request| self.invalidate_range(request));
-        self.response(result.map(|()| 0))
+        self.response(request, result.map(|()| 0))
     }
 
     fn invalidate_range(&self, request: Invalidate) -> Result<(), Error> {
