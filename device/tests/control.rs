@@ -260,3 +260,47 @@ fn it_listens_and_ends_as_the_other_socket_does() {
     assert!(said.contains("precious exists and is not a socket"), "{said}");
     assert!(!std::path::Path::new(&path("socket")).exists());
 }
+
+/// Every defect, switched on while the device runs, strikes once at its first opportunity and never again.
+#[test]
+fn every_defect_can_be_switched_on_while_the_device_runs() {
+    use pinion_device::gpu::inject::Defect;
+    for defect in Defect::ALL {
+        let name = defect.name();
+        let mut daemon = Daemon::with_control(&["--rings", "2"]);
+        let mut guest = Guest::connect(&mut daemon, 2);
+        assert_eq!(guest.create(0), OK);
+        assert_eq!(guest.create(1), OK);
+        let entries = [ALL | FREE, ALL | (FREE + PAGE_SIZE), ALL | abi::PTE_VRAM];
+        assert_eq!(guest.map(0, VA, &entries), OK);
+        let request = format!(r#"{{"command":"inject","defect":"{name}","after":0,"every":1,"count":1}}"#);
+        daemon.ask(&request);
+        let active = |daemon: &Daemon| {
+            let active = daemon.ask(r#"{"command":"injections"}"#)["result"]["injections"][0].clone();
+            assert_eq!(active["defect"], json!(name));
+            (active["opportunities"].clone(), active["strikes"].clone())
+        };
+        assert_eq!(active(&daemon), (json!(0), json!(0)), "{name}");
+        // Something for each of them, twice. What comes of it depends on the defect, so nothing of it is waited for.
+        for turn in 0..2 {
+            guest.submit(0, 0, 2 * turn + 1, &[copy(VA + 2 * PAGE_SIZE, VA, 64)]);
+            guest.submit(1, 1, 2 * turn + 1, &[increments(VA + turn * PAGE_SIZE, 1)]);
+            // The context may have gone: that is one of the defects.
+            guest.invalidate(0, VA, PAGE_SIZE, 0);
+        }
+        until(&format!("{name} to strike"), || {
+            let (opportunities, strikes) = active(&daemon);
+            assert!(
+                strikes == json!(0) || strikes == json!(1),
+                "{name}: {strikes} strikes"
+            );
+            (strikes == json!(1) && opportunities != json!(0)).then_some(())
+        });
+        let (status, said, _) = daemon.ctl(&["clear", name]);
+        assert_eq!(status, Some(0), "{said}");
+        assert_eq!(
+            daemon.ask(r#"{"command":"injections"}"#)["result"]["injections"],
+            json!([])
+        );
+    }
+}

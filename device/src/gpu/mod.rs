@@ -681,6 +681,11 @@ impl<H: Host> Gpu<H> {
         &self.shared.statistics
     }
 
+    /// Hints for the driver that were dropped, as they may be.
+    pub fn hints_dropped(&self) -> u64 {
+        self.shared.log.dropped()
+    }
+
     /// How things are.
     pub fn state(&self) -> State {
         let shared = &*self.shared;

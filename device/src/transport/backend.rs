@@ -307,7 +307,10 @@ impl VhostUserBackend for Backend {
 
 impl Device for Backend {
     fn statistics(&self) -> Vec<(&'static str, u64)> {
-        self.gpu.statistics().list()
+        let mut list = self.gpu.statistics().list();
+        list.push(("bad_chains", self.queues.bad_chains()));
+        list.push(("hints_dropped", self.gpu.hints_dropped()));
+        list
     }
 
     fn state(&self) -> State {

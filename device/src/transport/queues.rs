@@ -27,6 +27,7 @@ use crate::gpu::Host;
 use crate::gpu::command::MAX_SUBMISSION;
 use crate::gpu::event::EventLog;
 use crate::gpu::inject::{Defect, Injector};
+use crate::gpu::statistics::Counter;
 use crate::rate_limit::{RateLimit, warn_limited};
 
 /// Bad chains that are returned before other queues are looked at.
@@ -55,6 +56,8 @@ pub(super) struct Queues {
     memory: Memory,
     slots: Vec<Slot>,
     epoch: AtomicU64,
+    /// Chains that could not be answered.
+    bad_chains: Counter,
     /// The connection ends: no queue runs any more.
     closed: AtomicBool,
     log: Arc<EventLog>,
@@ -69,6 +72,7 @@ impl Queues {
             memory,
             slots,
             epoch: AtomicU64::new(0),
+            bad_chains: Counter::default(),
             closed: AtomicBool::new(false),
             log,
             injector,
@@ -167,6 +171,11 @@ impl Queues {
         self.epoch.load(Ordering::Acquire)
     }
 
+    /// How many chains could not be answered.
+    pub(super) fn bad_chains(&self) -> u64 {
+        self.bad_chains.get()
+    }
+
     /// Returns a bad chain. There is nowhere to say what is wrong but the log.
     fn refuse(
         &self,
@@ -176,6 +185,7 @@ impl Queues {
         ticket: &Ticket,
         error: &chain::Error,
     ) {
+        self.bad_chains.count();
         warn_limited!(limit = slot.complaints; "queue {queue}: the driver made a bad descriptor chain: {error}");
         self.put(slot, vring, ticket.head, 0);
     }
