@@ -11,6 +11,7 @@
 //! [`Sabotage`]: pinion_device::gpu::sabotage::Sabotage
 
 mod check;
+mod doorbells;
 mod events;
 mod faults;
 mod fences;
