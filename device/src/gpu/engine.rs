@@ -27,7 +27,7 @@ use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
 use crate::sync::atomic::Ordering;
-use crate::sync::{Arc, Condvar, Instant, Mutex, now};
+use crate::sync::{Arc, Condvar, Instant, Mutex, now, overdue};
 
 /// How long an engine works for one ring before it looks whether another one should be served.
 const SLICE: Duration = Duration::from_micros(100);
@@ -189,8 +189,7 @@ impl<H: Host> Worker<H> {
             if !stopped.is_zero() {
                 postpone(&mut lanes, stopped);
             }
-            let worked = now().saturating_duration_since(begin);
-            if thread == Thread::Borrowed && (self.paused || worked >= SLICE) {
+            if thread == Thread::Borrowed && (self.paused || is_over(begin, now())) {
                 break Wait::No;
             }
             bell = engine.listen(Wait::No);
@@ -311,7 +310,7 @@ impl<H: Host> Worker<H> {
                     self.hang(lane);
                 }
             }
-            if self.paused || last.saturating_duration_since(begin) >= SLICE {
+            if self.paused || is_over(begin, last) {
                 break;
             }
             if lane.task.is_none() && matches!(lane.state, State::Ready) {
@@ -395,7 +394,7 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
-                if thread == Thread::Borrowed {
+                if thread == Thread::Borrowed && !sabotaged(Sabotage::WaitsBorrowed) {
                     // Its owner may be the one who is to let us go on.
                     break Stay::Paused;
                 }
@@ -713,7 +712,7 @@ pub(super) fn attend<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u1
     engine.note(ring);
     let Some(mut worker) = desk.try_lock() else {
         // Whoever it is may have looked before. The engine's thread looks again.
-        if !sabotaged(Sabotage::LeavesUnsaid) {
+        if !sabotaged(Sabotage::RingsUnheard) {
             engine.wake();
         }
         return;
@@ -721,9 +720,14 @@ pub(super) fn attend<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u1
     let bell = engine.listen(Wait::No);
     let wait = worker.work(engine, bell, Thread::Borrowed);
     drop(worker);
-    if !matches!(wait, Wait::Forever) && !sabotaged(Sabotage::LeavesUnsaid) {
+    if !matches!(wait, Wait::Forever) && !sabotaged(Sabotage::LeavesSilently) {
         engine.poke();
     }
+}
+
+/// Whether a slice that began at `begin` is over.
+fn is_over(begin: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(begin) >= SLICE || overdue()
 }
 
 /// Has what waits for numbers have waited less long by `stopped`, in which the device did not go on.

@@ -36,8 +36,12 @@ pub enum Sabotage {
     TellsFirst,
     /// The bell rings before it says for whom.
     RingsFirst,
-    /// Who attends to a ring and cannot, or cannot any more, does not tell the engine's thread.
-    LeavesUnsaid,
+    /// A doorbell that finds the engine at work does not wake its thread.
+    RingsUnheard,
+    /// Who leaves work to the engine's thread does not say so.
+    LeavesSilently,
+    /// Who works on a borrowed thread waits there until the device goes on.
+    WaitsBorrowed,
     /// An engine whose ring is empty does not ask once more.
     IgnoresIdle,
     /// The engines are told to look before they are told to end.

@@ -3,12 +3,14 @@
 //! The primitives of the checker, with the interface of `parking_lot`.
 //!
 //! Time stands still: what waits until later waits until somebody wakes it. So nothing in a model can lean on a timer,
-//! and a wake-up that is lost is a deadlock, which the checker reports.
+//! and a wake-up that is lost is a deadlock, which the checker reports. Only what is done for a while and then left to others
+//! ends at any time ([`overdue`]).
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync as checked;
 
 pub use shuttle::sync::atomic;
@@ -24,6 +26,11 @@ pub fn now() -> Instant {
 pub fn point() {
     // In no real time: a switch, and no hint that this thread has nothing to do.
     thread::sleep(Duration::ZERO);
+}
+
+/// Whether more time has passed than it seems: now and then.
+pub fn overdue() -> bool {
+    thread_rng().gen_ratio(1, 2)
 }
 
 /// A lock.

@@ -10,8 +10,8 @@
 //!
 //! [`Sabotage`]: pinion_device::gpu::sabotage::Sabotage
 
-mod attend;
 mod check;
+mod doorbells;
 mod events;
 mod faults;
 mod fences;

@@ -144,25 +144,27 @@ fn device_reset() {
 /// A context is reset while its work fails: the context is alive afterwards, and what comes after runs.
 #[test]
 fn context_reset_while_work_fails() {
-    let model = || {
-        let rig = Rig::new(2, 2);
+    fn model(rings: u16) {
+        let rig = Rig::new(rings, rings);
         rig.map(CONTEXT, VA, ALL);
         // There is no such memory.
         rig.map(CONTEXT, VA + PAGE_SIZE, ALL | (1 << 40));
-        rig.submit(0, 1, &[fill(VA + PAGE_SIZE, 0, 1)]);
-        rig.submit(1, 2, &[fill(VA + PAGE_SIZE, 0, 1)]);
+        for ring in 0..rings {
+            rig.submit(ring, u64::from(ring) + 1, &[fill(VA + PAGE_SIZE, 0, 1)]);
+        }
         rig.simple(abi::REQUEST_CONTEXT_RESET, CONTEXT);
         rig.submit(0, 3, &[fill(VA, 0, 1)]);
         assert_eq!(rig.completion(3).status, OK, "the context was taken out of error");
-        for sequence in [1, 2] {
-            assert_ne!(rig.completion(sequence).status, OK);
+        for sequence in 1..=rings {
+            assert_ne!(rig.completion(sequence.into()).status, OK);
         }
         assert_eq!(rig.status(CONTEXT), OK);
-    };
-    holds(model);
+    }
+    holds(|| model(2));
+    holds(|| model(1));
     let words = ["taken out of error"];
-    finds(Sabotage::FailsAfterReset, &words, model);
-    finds(Sabotage::ResetsUnlocked, &words, model);
+    finds(Sabotage::FailsAfterReset, &words, || model(2));
+    finds(Sabotage::ResetsUnlocked, &words, || model(1));
 }
 
 /// VRAM is zero after a reset, whatever was on its way.

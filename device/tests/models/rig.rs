@@ -3,6 +3,7 @@
 //! A device, all of it but the transport, and what is around it.
 
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use pinion_abi::{self as abi, PAGE_SIZE};
@@ -11,6 +12,7 @@ use pinion_device::gpu::inject::Injector;
 use pinion_device::gpu::memory::{PlainMemory, SystemMemory};
 use pinion_device::gpu::sabotage::sabotage;
 use pinion_device::gpu::{Answer, Gpu, Host, Settings, vram};
+use pinion_device::sync::thread::{self, JoinHandle};
 use pinion_device::sync::{Arc, Condvar, Mutex, point};
 use vm_memory::{VolatileMemory, VolatileSlice};
 use zerocopy::IntoBytes;
@@ -232,21 +234,45 @@ impl Host for ModelHost {
     }
 }
 
-/// A device. After a failure it is left as it is: its engines do not run any more.
-struct Device(Option<Gpu<ModelHost>>);
+/// What the thread of a ring sleeps on.
+#[derive(Default)]
+struct Kick {
+    state: Mutex<Kicked>,
+    changed: Condvar,
+}
 
-impl Drop for Device {
-    fn drop(&mut self) {
-        let gpu = self.0.take();
-        if std::thread::panicking() {
-            std::mem::forget(gpu);
+#[derive(Default)]
+struct Kicked {
+    /// The driver wants to be heard.
+    kicked: bool,
+    /// The connection is over.
+    over: bool,
+}
+
+impl Kick {
+    fn change(&self, what: impl FnOnce(&mut Kicked)) {
+        what(&mut self.state.lock());
+        self.changed.notify_one();
+    }
+
+    /// Sleeps until the driver kicks. False: the connection is over.
+    fn wait(&self) -> bool {
+        let mut state = self.state.lock();
+        while !state.kicked && !state.over {
+            self.changed.wait(&mut state);
         }
+        state.kicked = false;
+        !state.over
     }
 }
 
 /// A device and what is around it.
 pub(crate) struct Rig {
-    device: Device,
+    /// After a failure it is left as it is, by all who have it: its engines do not run any more.
+    device: Option<Arc<Gpu<ModelHost>>>,
+    /// For each ring, what takes the driver's kicks to the doorbell: a thread of its own, as in the transport.
+    kicks: Vec<Arc<Kick>>,
+    threads: Vec<JoinHandle<()>>,
     pub(crate) host: Arc<ModelHost>,
     pub(crate) log: Arc<EventLog>,
     pub(crate) memory: Arc<ModelMemory>,
@@ -285,8 +311,25 @@ impl Rig {
         let gpu = Gpu::start(&settings, host.clone(), log.clone(), injector).expect("a device");
         let memory = ModelMemory::new();
         gpu.set_memory(memory.clone());
+        let device = Arc::new(gpu);
+        let kicks: Vec<Arc<Kick>> = (0..rings).map(|_| Arc::default()).collect();
+        let threads = (0..).zip(&kicks).map(|(ring, kick)| {
+            let kick = kick.clone();
+            let device = ManuallyDrop::new(device.clone());
+            thread::Builder::new()
+                .name(format!("ring{ring}"))
+                .spawn(move || {
+                    while kick.wait() {
+                        device.attend(ring);
+                    }
+                    drop(ManuallyDrop::into_inner(device));
+                })
+                .expect("a thread")
+        });
         let rig = Self {
-            device: Device(Some(gpu)),
+            threads: threads.collect(),
+            device: Some(device),
+            kicks,
             host,
             log,
             memory,
@@ -297,7 +340,7 @@ impl Rig {
     }
 
     pub(crate) fn gpu(&self) -> &Gpu<ModelHost> {
-        self.device.0.as_ref().expect("a device until it is dropped")
+        self.device.as_ref().expect("a device until it is dropped")
     }
 
     fn request(&self, request: &[u8]) -> abi::Response {
@@ -391,22 +434,15 @@ impl Rig {
         response.value as u32
     }
 
-    /// Submits work, and rings if the device wants to hear of it.
+    /// Submits work, and kicks the ring if the device wants to hear of it.
     pub(crate) fn submit(&self, ring: u16, sequence: u64, commands: &[abi::Command]) {
-        if self.enqueue(ring, sequence, commands) {
-            self.gpu().doorbell(ring);
+        if self.put(ring, sequence, commands) {
+            self.kicks[usize::from(ring)].change(|state| state.kicked = true);
         }
     }
 
-    /// Submits work, and attends to it if the device wants to hear of it.
-    pub(crate) fn submit_attended(&self, ring: u16, sequence: u64, commands: &[abi::Command]) {
-        if self.enqueue(ring, sequence, commands) {
-            self.gpu().attend(ring);
-        }
-    }
-
-    /// Says whether the device wants to hear of it.
-    fn enqueue(&self, ring: u16, sequence: u64, commands: &[abi::Command]) -> bool {
+    /// Submits work. Whether the device wants to hear of it.
+    pub(crate) fn put(&self, ring: u16, sequence: u64, commands: &[abi::Command]) -> bool {
         let header = abi::SubmitHeader {
             context: CONTEXT,
             count: commands.len() as u32,
@@ -487,6 +523,23 @@ impl Rig {
             let through = self.replay(record.context, record.fault);
             meddle(&record, through.expect("only we end faults"));
         }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let device = self.device.take();
+        if std::thread::panicking() {
+            std::mem::forget(device);
+            return;
+        }
+        for kick in &self.kicks {
+            kick.change(|state| state.over = true);
+        }
+        for thread in self.threads.drain(..) {
+            thread.join().expect("a thread that ends");
+        }
+        drop(device);
     }
 }
 
