@@ -14,7 +14,6 @@
 
 use crate::{
     abi,
-    fence::{Fence, Waited},
     gpu::Gpu,
     hmm::{
         migrate,
@@ -23,9 +22,9 @@ use crate::{
         range::{read_page, Found, Wanted},
     },
     residency::{Mapped, Residency},
+    submission::Submissions,
     sync::ModuleQueue,
     uapi,
-    virtio::Answered,
 };
 use core::ops::Range;
 use kernel::{
@@ -39,7 +38,7 @@ use kernel::{
         atomic::{Acquire, Atomic, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
-    time::{delay::fsleep, Delta, Msecs},
+    time::{delay::fsleep, Delta},
     workqueue::{Work, WorkItem},
 };
 
@@ -60,8 +59,6 @@ const VA_END: usize = abi::VA_END as usize;
 /// How often a fault is tried to be resolved while others are in the way. Attempts get rarer, up to one in a
 /// millisecond, so that this is about a second.
 const ATTEMPTS: u32 = 1000;
-/// Commands are waited for in slices of this; in between the device is asked whether it lives.
-const SLICE: Msecs = 1000;
 
 /// Counters of an address space, since it was opened.
 pub(crate) struct Statistics {
@@ -207,13 +204,9 @@ pub(crate) struct AddressSpace {
     handling: Mutex<()>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
     doomed: Atomic<i32>,
-    /// Number of the last submission, by ring.
-    #[pin]
-    submitting: Mutex<KVec<u64>>,
-    fences: KVec<Arc<Fence>>,
+    /// Its work.
+    submissions: Arc<Submissions>,
     statistics: Arc<Statistics>,
-    /// What a cancelled fault is reported as, by ring: `uapi::STATUS_*`.
-    cancelled: KVec<Atomic<i32>>,
 }
 
 struct Windows {
@@ -255,15 +248,8 @@ impl AddressSpace {
     }
 
     fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
-        let rings = gpu.limits().rings as usize;
-        let mut fences = KVec::with_capacity(rings, GFP_KERNEL)?;
-        let mut cancelled = KVec::with_capacity(rings, GFP_KERNEL)?;
-        for _ in 0..rings {
-            fences.push(Fence::new()?, GFP_KERNEL)?;
-            cancelled.push(Atomic::new(uapi::STATUS_FAULT as i32), GFP_KERNEL)?;
-        }
+        let submissions = Submissions::new(gpu, context, &statistics)?;
         let faults = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
-        let submitted = KVec::from_elem(0, rings, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 gpu: gpu.clone(),
@@ -276,10 +262,8 @@ impl AddressSpace {
                 closing: Atomic::new(false),
                 handling <- new_mutex!((), "AddressSpace::handling"),
                 doomed: Atomic::new(0),
-                submitting <- new_mutex!(submitted, "AddressSpace::submitting"),
-                fences,
+                submissions,
                 statistics,
-                cancelled,
             }),
             GFP_KERNEL,
         )
@@ -300,6 +284,11 @@ impl AddressSpace {
 
     fn is_closing(&self) -> bool {
         self.closing.load(Acquire)
+    }
+
+    /// Its work: how it is submitted, and waited for.
+    pub(crate) fn submissions(&self) -> &Arc<Submissions> {
+        &self.submissions
     }
 
     /// The counters.
@@ -413,9 +402,7 @@ impl AddressSpace {
             _ if error == ENOMEM => uapi::STATUS_NO_MEMORY,
             _ => uapi::STATUS_FAULT,
         };
-        if let Some(cancelled) = self.cancelled.get(usize::from(fault.ring)) {
-            cancelled.store(status as i32, Relaxed);
-        }
+        self.submissions.set_cancelled(fault.ring, status);
         // Fails if the device is lost, which ends the work as well.
         let _ = self.gpu.cancel(self.context, fault.fault);
     }
@@ -653,92 +640,5 @@ impl AddressSpace {
             });
         }
         Err(EAGAIN)
-    }
-
-    /// Queues `commands` on `ring`; returns the number of the submission.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: no such ring. EINTR: a signal came while the ring was full. ENODEV: the device is lost.
-    pub(crate) fn submit(&self, ring: u32, commands: &[abi::Command]) -> Result<u64> {
-        let channel = self.gpu.ring(ring)?;
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        loop {
-            if self.gpu.is_lost() {
-                return Err(ENODEV);
-            }
-            // Held for the order of numbers to be that of the ring; given up while the ring is full.
-            let mut submitting = self.submitting.lock();
-            let last = submitting.get_mut(ring as usize).ok_or(EINVAL)?;
-            let sequence = *last + 1;
-            let header = abi::SubmitHeader {
-                context: self.context,
-                count: commands.len() as u32,
-                sequence,
-                flags: 0,
-                reserved: 0,
-            };
-            let callback: Arc<dyn Answered> = fence.clone();
-            let posted = channel.post(callback, sequence, 100, |output| {
-                let (head, body) = output.split_at_mut(size_of::<abi::SubmitHeader>());
-                head.copy_from_slice(header.as_bytes());
-                let bytes = commands.as_bytes();
-                body[..bytes.len()].copy_from_slice(bytes);
-                head.len() + bytes.len()
-            });
-            match posted {
-                Ok(()) => {
-                    *last = sequence;
-                    drop(submitting);
-                    channel.kick();
-                    self.statistics.submissions.add(1, Relaxed);
-                    return Ok(sequence);
-                }
-                Err(error) if error == ETIMEDOUT => {
-                    drop(submitting);
-                    if kernel::current!().signal_pending() {
-                        return Err(EINTR);
-                    }
-                    self.gpu.ping()?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Waits for submission `sequence` of `ring`, at most `timeout` milliseconds.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: there is no such submission. ESTALE: it is not known any more. ETIMEDOUT, EINTR.
-    pub(crate) fn wait(&self, ring: u32, sequence: u64, timeout: u64) -> Result<crate::fence::End> {
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        let submitted = self.submitting.lock().get(ring as usize).copied().unwrap_or(0);
-        if sequence == 0 || sequence > submitted {
-            return Err(EINVAL);
-        }
-        let mut remaining = timeout;
-        loop {
-            let slice = remaining.min(SLICE.into());
-            match fence.wait(sequence, slice as Msecs) {
-                Waited::Ended(mut end) => {
-                    if end.status == abi::STATUS_FAULT_CANCELLED {
-                        let status = self.cancelled.get(ring as usize);
-                        end.status = status.map_or(uapi::STATUS_FAULT, |status| status.load(Relaxed) as u32);
-                    }
-                    return Ok(end);
-                }
-                Waited::Forgotten => return Err(ESTALE),
-                Waited::Interrupted => return Err(EINTR),
-                Waited::TimedOut => {
-                    remaining -= slice;
-                    if remaining == 0 {
-                        return Err(ETIMEDOUT);
-                    }
-                    // If it does not live, then this ends all its work.
-                    let _ = self.gpu.ping();
-                }
-            }
-        }
     }
 }

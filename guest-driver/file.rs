@@ -169,7 +169,7 @@ impl FileHandle {
             reader.read_slice(command.as_mut_bytes())?;
             commands.push(command, GFP_KERNEL)?;
         }
-        request.sequence = space.submit(request.ring, &commands)?;
+        request.sequence = space.submissions().submit(request.ring, &commands)?;
         uapi::write(arg, request.size, &request)
     }
 
@@ -180,7 +180,9 @@ impl FileHandle {
             return Err(EINVAL);
         }
         let milliseconds = request.timeout_ns.div_ceil(1_000_000);
-        let end = space.wait(request.ring, request.sequence, milliseconds)?;
+        let end = space
+            .submissions()
+            .wait(request.ring, request.sequence, milliseconds)?;
         request.status = end.status;
         request.fault_address = end.fault_va;
         request.executed = end.executed;

@@ -4,7 +4,7 @@
 //!
 //! Locks, in the order in which they are taken:
 //!
-//! 1. `AddressSpace::handling`, `AddressSpace::submitting`
+//! 1. `AddressSpace::handling`, `Submissions::submitting`
 //! 2. mmap_lock
 //! 3. folio locks
 //! 4. the state of an interval notifier (`hmm::notifier`); under it nothing is allocated

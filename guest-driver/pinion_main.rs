@@ -6,7 +6,7 @@
 //!
 //! - abstractions over C interfaces, in which all `unsafe` lives: [`bindings`], [`sync`], [`virtio`],
 //!   [`chardev`], [`hmm`];
-//! - the driver: [`gpu`] (the device), [`fence`], [`address_space`] (what the GPU maps of a process),
+//! - the driver: [`gpu`] (the device), [`fence`], [`submission`], [`address_space`] (what the GPU maps of a process),
 //!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`);
 //! - the two interfaces: [`abi`] (the device's, shared with its implementation) and [`uapi`].
 
@@ -20,6 +20,7 @@ mod file;
 mod gpu;
 mod hmm;
 mod residency;
+mod submission;
 mod sync;
 mod uapi;
 mod virtio;
