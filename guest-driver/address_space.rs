@@ -14,6 +14,7 @@
 
 use crate::{
     abi,
+    fence::Progress,
     gpu::Gpu,
     hmm::{
         migrate,
@@ -72,8 +73,6 @@ pub(crate) struct Statistics {
     pub(crate) mirrors: Atomic<i64>,
     /// INVALIDATEs on behalf of the CPU's side.
     pub(crate) invalidations: Atomic<i64>,
-    /// Submissions.
-    pub(crate) submissions: Atomic<i64>,
 }
 
 impl Statistics {
@@ -85,7 +84,6 @@ impl Statistics {
             unpins: Atomic::new(0),
             mirrors: Atomic::new(0),
             invalidations: Atomic::new(0),
-            submissions: Atomic::new(0),
         }
     }
 }
@@ -234,9 +232,14 @@ impl WorkItem for AddressSpace {
 
 impl AddressSpace {
     /// Opens an address space on `gpu` for the process with `mm`.
-    pub(crate) fn open(gpu: &Arc<Gpu>, mm: &Mm, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
+    pub(crate) fn open(
+        gpu: &Arc<Gpu>,
+        mm: &Mm,
+        statistics: Arc<Statistics>,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<Self>> {
         let context = gpu.create_context()?;
-        let this = Self::new(gpu, mm, context, statistics);
+        let this = Self::new(gpu, mm, context, statistics, progress);
         match &this {
             Ok(space) => gpu.publish(context, space.clone()),
             Err(_) => {
@@ -247,8 +250,14 @@ impl AddressSpace {
         this
     }
 
-    fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
-        let submissions = Submissions::new(gpu, context, &statistics)?;
+    fn new(
+        gpu: &Arc<Gpu>,
+        mm: &Mm,
+        context: u32,
+        statistics: Arc<Statistics>,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<Self>> {
+        let submissions = Submissions::new(gpu, context, progress)?;
         let faults = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
@@ -275,6 +284,7 @@ impl AddressSpace {
         // Ends the work, and with it whatever a ring is stalled on, even if a fault of ours takes its time. The
         // context stays known until the end, so that a CPU fault meanwhile revokes its mapping.
         self.gpu.destroy_context(self.context);
+        self.submissions.close();
         drop(self.handling.lock());
         Residency::release(&self.gpu, self);
         let windows = core::mem::replace(&mut self.windows.lock().tree, RBTree::new());
@@ -402,7 +412,7 @@ impl AddressSpace {
             _ if error == ENOMEM => uapi::STATUS_NO_MEMORY,
             _ => uapi::STATUS_FAULT,
         };
-        self.submissions.set_cancelled(fault.ring, status);
+        self.submissions.set_cancelled(status);
         // Fails if the device is lost, which ends the work as well.
         let _ = self.gpu.cancel(self.context, fault.fault);
     }

@@ -3,8 +3,11 @@
  * Input of bindgen: the C interfaces that Pinion uses and the `kernel` crate does not cover. What of them is
  * taken is listed in bindings_parameters.
  */
+#include <linux/anon_inodes.h>
 #include <linux/completion.h>
 #include <linux/device-id/virtio.h>
+#include <linux/eventfd.h>
+#include <linux/fs.h>
 #include <linux/hmm.h>
 #include <linux/memremap.h>
 #include <linux/migrate.h>
@@ -27,3 +30,4 @@ const unsigned long PINION_MIGRATE_PFN_PIN = MIGRATE_PFN_PIN;
 const unsigned long PINION_MIGRATE_PFN_UNPIN = MIGRATE_PFN_UNPIN;
 #endif
 const unsigned int PINION_RANGE_BLOCKABLE = MMU_NOTIFIER_RANGE_BLOCKABLE;
+const int PINION_IOCB_NOWAIT = IOCB_NOWAIT;

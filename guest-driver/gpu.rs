@@ -4,12 +4,14 @@
 //!
 //! Locks, in the order in which they are taken:
 //!
-//! 1. `AddressSpace::handling`, `Submissions::submitting`
+//! 1. `AddressSpace::handling`
 //! 2. mmap_lock
 //! 3. folio locks
 //! 4. the state of an interval notifier (`hmm::notifier`); under it nothing is allocated
 //! 5. `Gpu::transport` (held only to take or drop it), `Contexts::table`
-//! 6. spinlocks: channels, fences, the page table of `hmm::memory`
+//! 6. spinlocks: channels, fences (`fence.rs`), the page table of `hmm::memory`
+//!
+//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it.
 //!
 //! A request waits with 4 held, but for a time that is bounded: a device that does not answer within
 //! `timeout_ms` is lost. It is then reset, which ends all that was outstanding, and nothing is asked of it
@@ -18,10 +20,11 @@
 use crate::{
     abi,
     address_space::AddressSpace,
-    chardev::CharDevice,
+    chardev::{self, CharDevice},
     file::FileHandle,
     hmm::memory::PrivateMemory,
     residency::Residency,
+    ring::Ring,
     sync::{Completion, ModuleQueue},
     virtio::{self, Channel, Device, Layout, Pending, Transport},
 };
@@ -35,6 +38,7 @@ use kernel::{
         atomic::{Acquire, Atomic, Full, Release},
         Arc, Mutex, SpinLock,
     },
+    task::Kuid,
     time::Msecs,
     workqueue::{Work, WorkItem},
 };
@@ -45,8 +49,10 @@ const CONTROL_SLOTS: usize = 2 * abi::MAX_RINGS as usize + 8;
 const RING_SLOTS: usize = 64;
 /// Page table entries in one request that this driver sends.
 const MAP_ENTRIES: usize = 1;
-/// Most commands in a batch that this driver sends.
-const MAX_BATCH: u32 = 64;
+/// Most commands in a batch that this driver sends: 64 KiB of them.
+const MAX_BATCH: u32 = 1024;
+/// Milliseconds after which the device is asked whether it lives, while it has work.
+const HEARTBEAT: Msecs = 1000;
 /// Pages that can be pinned at a time.
 const PIN_PAGES: usize = 32768;
 
@@ -68,9 +74,9 @@ pub(crate) struct Limits {
 pub(crate) struct Contexts {
     #[pin]
     table: SpinLock<KVVec<Option<Arc<AddressSpace>>>>,
-    /// Contexts that are taken, though not (yet, or any more) in the table.
+    /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
-    taken: SpinLock<KVVec<bool>>,
+    taken: SpinLock<KVVec<Option<Kuid>>>,
     /// How many pinned pages of each context are on their way home.
     leaving: KVVec<Atomic<i32>>,
 }
@@ -92,7 +98,7 @@ impl Contexts {
         for _ in 0..count {
             table.push(None, GFP_KERNEL)?;
         }
-        let taken = KVVec::from_elem(false, count, GFP_KERNEL)?;
+        let taken = KVVec::from_elem(None, count, GFP_KERNEL)?;
         let mut leaving = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             leaving.push(Atomic::new(0), GFP_KERNEL)?;
@@ -103,11 +109,26 @@ impl Contexts {
         )
     }
 
-    /// Reserves a context.
+    /// Reserves a context for the current user.
+    ///
+    /// # Errors
+    ///
+    /// EDQUOT: this user has too many. ENOSPC: there is none left.
     fn reserve(&self) -> Result<u32> {
+        let user = Kuid::current_euid();
+        let limit = crate::module_parameters::contexts_per_user.value() as usize;
+        let mut exempt = false;
         let mut taken = self.taken.lock();
-        let context = taken.iter().position(|taken| !taken).ok_or(ENOSPC)?;
-        taken[context] = true;
+        while !exempt && taken.iter().filter(|owner| **owner == Some(user)).count() >= limit {
+            drop(taken);
+            if !chardev::caller_may_exceed_limits() {
+                return Err(EDQUOT);
+            }
+            exempt = true;
+            taken = self.taken.lock();
+        }
+        let context = taken.iter().position(Option::is_none).ok_or(ENOSPC)?;
+        taken[context] = Some(user);
         Ok(context as u32)
     }
 
@@ -125,7 +146,7 @@ impl Contexts {
 
     fn release(&self, context: u32) {
         if let Some(taken) = self.taken.lock().get_mut(context as usize) {
-            *taken = false;
+            *taken = None;
         }
     }
 
@@ -168,7 +189,7 @@ pub(crate) struct Gpu {
     control: Arc<Channel>,
     invalidation: Arc<Channel>,
     event: Arc<Channel>,
-    rings: KVec<Arc<Channel>>,
+    rings: KVec<Arc<Ring>>,
     contexts: Arc<Contexts>,
     memory: Arc<PrivateMemory<Residency>>,
     lost: Atomic<bool>,
@@ -183,11 +204,16 @@ pub(crate) struct Gpu {
     event_work: Work<Gpu, 0>,
     #[pin]
     loss_work: Work<Gpu, 1>,
+    /// `look_work` is running, or about to.
+    looking: Atomic<bool>,
+    #[pin]
+    look_work: Work<Gpu, 2>,
 }
 
 impl_has_work! {
     impl HasWork<Self, 0> for Gpu { self.event_work }
     impl HasWork<Self, 1> for Gpu { self.loss_work }
+    impl HasWork<Self, 2> for Gpu { self.look_work }
 }
 
 /// Events have come.
@@ -209,6 +235,29 @@ impl WorkItem<1> for Gpu {
 
     fn run(this: Arc<Gpu>) {
         this.stop();
+    }
+}
+
+/// The device has work: does it live?
+impl WorkItem<2> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        loop {
+            if this.stopped.wait(HEARTBEAT).is_ok() {
+                return;
+            }
+            if this.rings.iter().any(|ring| ring.is_busy()) {
+                // If it does not live, then this ends all its work.
+                let _ = this.ping();
+                continue;
+            }
+            this.looking.store(false, Release);
+            // Work that came before that has not seen it.
+            if !this.rings.iter().any(|ring| ring.is_busy()) || this.looking.xchg(true, Full) {
+                return;
+            }
+        }
     }
 }
 
@@ -258,6 +307,11 @@ fn check(status: u32) -> Result {
 }
 
 impl Gpu {
+    /// Its number.
+    pub(crate) fn number(&self) -> u32 {
+        self.number.0
+    }
+
     /// What the device offers.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
@@ -273,9 +327,25 @@ impl Gpu {
         &self.memory
     }
 
-    /// The channel of a ring.
-    pub(crate) fn ring(&self, ring: u32) -> Result<&Arc<Channel>> {
+    /// A ring.
+    pub(crate) fn ring(&self, ring: u32) -> Result<&Arc<Ring>> {
         self.rings.get(ring as usize).ok_or(EINVAL)
+    }
+
+    /// All rings.
+    pub(crate) fn rings(&self) -> &[Arc<Ring>] {
+        &self.rings
+    }
+
+    /// There is work: has the device asked from time to time whether it lives, until all is done. Whoever waits for
+    /// the end of it need not do that.
+    pub(crate) fn look_after_work(self: &Arc<Self>) {
+        if !self.looking.xchg(true, Full) {
+            // Fails only if it is queued already.
+            let _ = ModuleQueue::Submissions
+                .get()
+                .map(|queue| queue.enqueue::<_, 2>(self.clone()));
+        }
     }
 
     /// For messages.
@@ -311,6 +381,10 @@ impl Gpu {
         drop(transport.take());
         drop(transport);
         self.stopped.complete_all();
+        // What had not gone to it ends as well.
+        for ring in &self.rings {
+            ring.pump();
+        }
     }
 
     /// Waits for the answer to a request; a device that does not give one is lost.
@@ -581,9 +655,9 @@ impl virtio::Driver for Gpu {
         layout(size_of::<abi::InvalidateRequest>(), response, CONTROL_SLOTS)?;
         layout(0, size_of::<abi::EventRecord>(), usize::MAX)?;
         for _ in 0..config.num_rings {
-            let commands = max_batch as usize * size_of::<abi::Command>();
+            // Submissions come in buffers of their own.
             layout(
-                size_of::<abi::SubmitHeader>() + commands,
+                size_of::<abi::SubmitHeader>(),
                 size_of::<abi::Completion>(),
                 RING_SLOTS,
             )?;
@@ -594,7 +668,7 @@ impl virtio::Driver for Gpu {
         let mut rings = KVec::new();
         for ring in 0..config.num_rings {
             let channel = transport.channel((abi::QUEUE_FIRST_RING + ring).into())?;
-            rings.push(channel, GFP_KERNEL)?;
+            rings.push(Ring::new(ring.into(), channel)?, GFP_KERNEL)?;
         }
         let control = transport.channel(abi::QUEUE_CONTROL.into())?;
         let invalidation = transport.channel(abi::QUEUE_INVALIDATE.into())?;
@@ -621,6 +695,8 @@ impl virtio::Driver for Gpu {
                 node <- new_mutex!(None, "Gpu::node"),
                 event_work <- new_work!("Gpu::event_work"),
                 loss_work <- new_work!("Gpu::loss_work"),
+                looking: Atomic::new(false),
+                look_work <- new_work!("Gpu::look_work"),
             }? Error),
             GFP_KERNEL,
         )
@@ -650,7 +726,7 @@ impl virtio::Driver for Gpu {
             }
             queue => {
                 if let Some(ring) = this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize) {
-                    ring.collect();
+                    ring.interrupt();
                 }
             }
         }

@@ -15,11 +15,14 @@ use kernel::prelude::*;
 mod address_space;
 mod bindings;
 mod chardev;
+mod eventfd;
 mod fence;
+mod fence_file;
 mod file;
 mod gpu;
 mod hmm;
 mod residency;
+mod ring;
 mod submission;
 mod sync;
 mod uapi;
@@ -39,6 +42,10 @@ module! {
         timeout_ms: u32 {
             default: 10000,
             description: "Milliseconds after which a device that does not answer is lost",
+        },
+        contexts_per_user: u32 {
+            default: 128,
+            description: "Most address spaces that a user may have on a device (CAP_SYS_RESOURCE: no limit)",
         },
     },
 }

@@ -1,157 +1,169 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Work: how it gets to the rings, and how its end is waited for.
+//! The work of an address space: how it gets to the rings, and how its end is waited for.
 
 use crate::{
     abi,
-    address_space::Statistics,
-    fence::{End, Fence, Waited},
+    fence::{End, Found, Progress, Timeline, Waited, FOREVER},
     gpu::Gpu,
-    uapi,
-    virtio::Answered,
+    ring::{Fence, Request},
 };
 use kernel::{
-    new_mutex,
     prelude::*,
-    sync::{
-        atomic::{Atomic, Relaxed},
-        Arc, Mutex,
-    },
-    time::Msecs,
+    sync::Arc,
+    time::{msecs_to_jiffies, Jiffies, Msecs},
 };
 
-/// Commands are waited for in slices of this; in between the device is asked whether it lives.
-const SLICE: Msecs = 1000;
-
 /// The work of an address space.
-#[pin_data]
 pub(crate) struct Submissions {
     gpu: Arc<Gpu>,
     context: u32,
-    /// Number of the last submission, by ring.
-    #[pin]
-    submitting: Mutex<KVec<u64>>,
-    fences: KVec<Arc<Fence>>,
-    /// What a cancelled fault is reported as, by ring: `uapi::STATUS_*`.
-    cancelled: KVec<Atomic<i32>>,
-    statistics: Arc<Statistics>,
+    progress: Arc<Progress>,
+    /// By ring.
+    timelines: KVec<Arc<Timeline>>,
+}
+
+/// A submission of this address space that somebody waits for.
+#[derive(Clone, Copy)]
+pub(crate) struct Awaited {
+    /// The ring.
+    pub(crate) ring: u32,
+    /// The number.
+    pub(crate) sequence: u64,
+    /// How it ended, once it has.
+    pub(crate) end: Option<End>,
 }
 
 impl Submissions {
     /// The work of `context`: none yet.
-    pub(crate) fn new(gpu: &Arc<Gpu>, context: u32, statistics: &Arc<Statistics>) -> Result<Arc<Self>> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, context: u32, progress: &Arc<Progress>) -> Result<Arc<Self>> {
         let rings = gpu.limits().rings as usize;
-        let mut fences = KVec::with_capacity(rings, GFP_KERNEL)?;
-        let mut cancelled = KVec::with_capacity(rings, GFP_KERNEL)?;
+        let mut timelines = KVec::with_capacity(rings, GFP_KERNEL)?;
         for _ in 0..rings {
-            fences.push(Fence::new()?, GFP_KERNEL)?;
-            cancelled.push(Atomic::new(uapi::STATUS_FAULT as i32), GFP_KERNEL)?;
+            timelines.push(Timeline::new(progress)?, GFP_KERNEL)?;
         }
-        let submitted = KVec::from_elem(0, rings, GFP_KERNEL)?;
-        Arc::pin_init(
-            pin_init!(Self {
-                gpu: gpu.clone(),
-                context,
-                submitting <- new_mutex!(submitted, "Submissions::submitting"),
-                fences,
-                cancelled,
-                statistics: statistics.clone(),
-            }),
-            GFP_KERNEL,
-        )
+        let this = Self {
+            gpu: gpu.clone(),
+            context,
+            progress: progress.clone(),
+            timelines,
+        };
+        Ok(Arc::new(this, GFP_KERNEL)?)
     }
 
-    /// A fault on `ring` is about to be cancelled: sets what work that ends with it is reported as.
-    pub(crate) fn set_cancelled(&self, ring: u16, status: u32) {
-        if let Some(cancelled) = self.cancelled.get(usize::from(ring)) {
-            cancelled.store(status as i32, Relaxed);
-        }
+    /// A fault is about to be cancelled: sets what work that ends with it is reported as.
+    pub(crate) fn set_cancelled(&self, status: u32) {
+        self.progress.set_cancelled(status);
     }
 
-    /// Queues `commands` on `ring`; returns the number of the submission.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: no such ring. EINTR: a signal came while the ring was full. ENODEV: the device is lost.
-    pub(crate) fn submit(&self, ring: u32, commands: &[abi::Command]) -> Result<u64> {
-        let channel = self.gpu.ring(ring)?;
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        loop {
-            if self.gpu.is_lost() {
-                return Err(ENODEV);
-            }
-            // Held for the order of numbers to be that of the ring; given up while the ring is full.
-            let mut submitting = self.submitting.lock();
-            let last = submitting.get_mut(ring as usize).ok_or(EINVAL)?;
-            let sequence = *last + 1;
-            let header = abi::SubmitHeader {
-                context: self.context,
-                count: commands.len() as u32,
+    /// The timelines, by ring.
+    pub(crate) fn timelines(&self) -> &[Arc<Timeline>] {
+        &self.timelines
+    }
+
+    fn timeline(&self, ring: u32) -> Result<&Arc<Timeline>> {
+        self.timelines.get(ring as usize).ok_or(EINVAL)
+    }
+
+    /// The fence of a submission that has been made.
+    pub(crate) fn fence(&self, ring: u32, sequence: u64) -> Result<Fence> {
+        let timeline = self.timeline(ring)?;
+        match timeline.find(sequence) {
+            Found::Nothing => Err(EINVAL),
+            _ => Ok(Fence {
+                timeline: timeline.clone(),
                 sequence,
-                flags: 0,
-                reserved: 0,
+            }),
+        }
+    }
+
+    /// Room for `count` commands, with their beginning.
+    pub(crate) fn buffer(count: usize) -> Result<KVec<u8>> {
+        let size = size_of::<abi::SubmitHeader>() + count * size_of::<abi::Command>();
+        Ok(KVec::zeroed(size, GFP_KERNEL_ACCOUNT)?)
+    }
+
+    /// The part of a buffer that is for commands.
+    pub(crate) fn commands(buffer: &mut [u8]) -> &mut [u8] {
+        &mut buffer[size_of::<abi::SubmitHeader>()..]
+    }
+
+    /// Queues a request on `ring`; returns its number. If there is too much queued already then this waits, or not.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL: no such ring. EAGAIN: the caller does not want to wait. ERESTARTSYS. ENODEV: the device is lost.
+    pub(crate) fn submit(&self, ring: u32, request: Request, may_wait: bool) -> Result<u64> {
+        let timeline = self.timeline(ring)?;
+        let commands = request.commands;
+        self.progress.admit(commands, may_wait)?;
+        let submitted = if self.gpu.is_lost() {
+            Err(ENODEV)
+        } else {
+            self.gpu
+                .ring(ring)
+                .and_then(|ring| ring.submit(self.context, timeline, request))
+        };
+        match submitted {
+            Ok(_) => self.gpu.look_after_work(),
+            Err(_) => self.progress.withdraw(commands),
+        }
+        submitted
+    }
+
+    /// Looks how the awaited submissions have ended; returns how many have.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL: there is no such submission. ESTALE: how it ended is not known any more.
+    pub(crate) fn look(&self, awaited: &mut [Awaited]) -> Result<usize> {
+        let mut ended = 0;
+        for one in awaited {
+            one.end = match self.timeline(one.ring)?.find(one.sequence) {
+                Found::Nothing => return Err(EINVAL),
+                Found::Forgotten => return Err(ESTALE),
+                Found::Pending => None,
+                Found::Ended(end) => Some(end),
             };
-            let callback: Arc<dyn Answered> = fence.clone();
-            let posted = channel.post(callback, sequence, 100, |output| {
-                let (head, body) = output.split_at_mut(size_of::<abi::SubmitHeader>());
-                head.copy_from_slice(header.as_bytes());
-                let bytes = commands.as_bytes();
-                body[..bytes.len()].copy_from_slice(bytes);
-                head.len() + bytes.len()
-            });
-            match posted {
-                Ok(()) => {
-                    *last = sequence;
-                    drop(submitting);
-                    channel.kick();
-                    self.statistics.submissions.add(1, Relaxed);
-                    return Ok(sequence);
-                }
-                Err(error) if error == ETIMEDOUT => {
-                    drop(submitting);
-                    if kernel::current!().signal_pending() {
-                        return Err(EINTR);
+            ended += usize::from(one.end.is_some());
+        }
+        Ok(ended)
+    }
+
+    /// Waits until all of the awaited submissions have ended, or any, for at most that many milliseconds, or for ever.
+    pub(crate) fn wait(&self, awaited: &[Awaited], any: bool, timeout: Option<u64>) -> Waited {
+        let jiffies = timeout.map_or(FOREVER, |timeout| {
+            Msecs::try_from(timeout).map_or(FOREVER, |timeout| msecs_to_jiffies(timeout))
+        });
+        match awaited {
+            [one] => self.wait_for(one, jiffies),
+            _ => {
+                let has_passed = |one: &Awaited| match self.timeline(one.ring) {
+                    Ok(timeline) => timeline.has_passed(one.sequence),
+                    Err(_) => true,
+                };
+                self.progress.wait(jiffies, || {
+                    if any {
+                        awaited.iter().any(has_passed)
+                    } else {
+                        awaited.iter().all(has_passed)
                     }
-                    self.gpu.ping()?;
-                }
-                Err(error) => return Err(error),
+                })
             }
         }
     }
 
-    /// Waits for submission `sequence` of `ring`, at most `timeout` milliseconds.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: there is no such submission. ESTALE: it is not known any more. ETIMEDOUT, EINTR.
-    pub(crate) fn wait(&self, ring: u32, sequence: u64, timeout: u64) -> Result<End> {
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        let submitted = self.submitting.lock().get(ring as usize).copied().unwrap_or(0);
-        if sequence == 0 || sequence > submitted {
-            return Err(EINVAL);
+    fn wait_for(&self, one: &Awaited, jiffies: Jiffies) -> Waited {
+        match self.timeline(one.ring) {
+            Ok(timeline) => timeline.wait(one.sequence, jiffies),
+            Err(_) => Waited::Done,
         }
-        let mut remaining = timeout;
-        loop {
-            let slice = remaining.min(SLICE.into());
-            match fence.wait(sequence, slice as Msecs) {
-                Waited::Ended(mut end) => {
-                    if end.status == abi::STATUS_FAULT_CANCELLED {
-                        let status = self.cancelled.get(ring as usize);
-                        end.status = status.map_or(uapi::STATUS_FAULT, |status| status.load(Relaxed) as u32);
-                    }
-                    return Ok(end);
-                }
-                Waited::Forgotten => return Err(ESTALE),
-                Waited::Interrupted => return Err(EINTR),
-                Waited::TimedOut => {
-                    remaining -= slice;
-                    if remaining == 0 {
-                        return Err(ETIMEDOUT);
-                    }
-                    // If it does not live, then this ends all its work.
-                    let _ = self.gpu.ping();
-                }
-            }
+    }
+
+    /// Ends what has not gone to the device. The context has ended, and with it what had.
+    pub(crate) fn close(&self) {
+        for ring in self.gpu.rings() {
+            ring.forget(self.context);
         }
     }
 }

@@ -302,8 +302,8 @@ pub(crate) struct Channel {
     /// # Invariants
     ///
     /// A slot that is `Sent`, `Abandoned` or `Posted` has been added to the queue with its number plus one
-    /// as token, and has not come back: the device may access its buffers. The buffers of a slot are never
-    /// reallocated.
+    /// as token, and has not come back: the device may access its buffers. The buffers of such a slot are
+    /// neither reallocated nor replaced.
     #[pin]
     inner: SpinLockIrq<Inner>,
     /// Counts the free slots.
@@ -364,6 +364,11 @@ impl Channel {
     /// ETIMEDOUT, ENODEV after the channel was closed.
     fn send(&self, state: State, timeout: Msecs, write: impl FnOnce(&mut [u8]) -> usize) -> Result<usize> {
         self.free.down(timeout)?;
+        self.send_from(state, |output| write(output))
+    }
+
+    /// The same, with a unit of `free` that was taken. `write` may replace the buffer, which is the driver's here.
+    fn send_from(&self, state: State, write: impl FnOnce(&mut KVec<u8>) -> usize) -> Result<usize> {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         let free = inner
@@ -410,16 +415,32 @@ impl Channel {
         Ok(Pending { channel: self, slot })
     }
 
-    /// Sends a request whose answer goes to `callback`.
-    pub(crate) fn post(
+    /// Sends a request that is in a buffer of its own, and whose answer goes to `callback`, if there is a free
+    /// slot; returns whether there was. The buffer is then freed when the answer has come.
+    ///
+    /// # Errors
+    ///
+    /// ENODEV after the channel was closed.
+    pub(crate) fn try_post(
         &self,
         callback: Arc<dyn Answered>,
         tag: u64,
-        timeout: Msecs,
-        write: impl FnOnce(&mut [u8]) -> usize,
-    ) -> Result {
-        self.send(State::Posted(callback, tag), timeout, write)
-            .map(|_| ())
+        output: &mut KVec<u8>,
+    ) -> Result<bool> {
+        if !self.free.try_down() {
+            return if self.is_closed() { Err(ENODEV) } else { Ok(false) };
+        }
+        let length = output.len();
+        let sent = self.send_from(State::Posted(callback, tag), |slot| {
+            core::mem::swap(slot, output);
+            length
+        });
+        sent.map(|_| true)
+    }
+
+    /// Whether the queue is gone.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.inner.lock().queue.is_none()
     }
 
     /// Tells the device of the requests that were sent since the last time.
@@ -482,6 +503,8 @@ impl Channel {
             }
             State::Posted(callback, tag) => {
                 callback.answered(tag, length.map(|length| &slot.input[..length]));
+                // The device is done with it.
+                slot.output = KVec::new();
             }
             State::Abandoned => {}
             State::Free | State::Done(_) => {
