@@ -221,6 +221,12 @@ impl Progress {
         Ok(core::mem::take(&mut outstanding.unread))
     }
 
+    /// What [`Progress::read`] said did not get to the program.
+    pub(crate) fn unread(&self, count: u64) {
+        self.outstanding.lock().unread += count;
+        self.changed.notify_all();
+    }
+
     /// What can be done with the file without waiting, as `poll` says it.
     pub(crate) fn poll(&self, file: &File, table: PollTable<'_>) -> u32 {
         table.register_wait(file, &self.changed);

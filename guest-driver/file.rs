@@ -134,8 +134,11 @@ impl MiscDevice for FileHandle {
         }
         let count = this.progress.read(may_wait)?;
         match output.copy_to_iter(count.as_bytes()) {
-            0 => Err(EFAULT),
-            copied => Ok(copied),
+            size if size == size_of::<u64>() => Ok(size),
+            _ => {
+                this.progress.unread(count);
+                Err(EFAULT)
+            }
         }
     }
 

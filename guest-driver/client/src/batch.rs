@@ -37,7 +37,6 @@ impl<'m> Batch<'m> {
     }
 
     /// The commands.
-    #[must_use]
     pub fn commands(&self) -> &[Command] {
         &self.commands
     }
