@@ -111,8 +111,8 @@ fn unknown_flags_are_refused() -> TestResult {
         libc::EINVAL,
         "wait"
     );
-    // The driver reads it.
-    entry.reserved = std::hint::black_box(1);
+    // SAFETY: It is there. (The compiler does not know that the driver reads it.)
+    unsafe { (&raw mut entry.reserved).write_volatile(1) };
     ensure_eq!(raw_errno(&gpu, wait)?, libc::EINVAL, "wait, reserved");
     let memory = page_with(1)?;
     let address = memory.as_ptr().addr() as u64;

@@ -10,6 +10,7 @@ mod commands;
 mod interface;
 mod lifetime;
 mod ownership;
+mod submitting;
 mod support;
 
 use std::io::{BufRead as _, BufReader};
@@ -32,6 +33,7 @@ const SELECTED: &str = "PINION_TEST";
 fn all() -> Vec<Test> {
     [
         interface::TESTS,
+        submitting::TESTS,
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
