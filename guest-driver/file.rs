@@ -4,7 +4,8 @@
 
 use crate::{
     abi,
-    address_space::{AddressSpace, Atomics, Statistics},
+    address_space::{AddressSpace, Statistics},
+    advice::{Atomics, Location},
     chardev::{self, CharDevice},
     gpu::Gpu,
     hmm::migrate,
@@ -95,6 +96,9 @@ impl MiscDevice for FileHandle {
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
         seq_print!(m, "pinion-mirrors:\t{}\n", statistics.mirrors.load(Relaxed));
+        seq_print!(m, "pinion-to-vram:\t{}\n", statistics.to_vram.load(Relaxed));
+        seq_print!(m, "pinion-from-vram:\t{}\n", statistics.from_vram.load(Relaxed));
+        seq_print!(m, "pinion-evictions:\t{}\n", statistics.evictions.load(Relaxed));
         seq_print!(
             m,
             "pinion-invalidations:\t{}\n",
@@ -197,6 +201,12 @@ impl FileHandle {
         match (request.advice, request.value) {
             (uapi::ADVISE_ATOMICS, uapi::ATOMICS_PIN) => space.advise(range, Atomics::Pin),
             (uapi::ADVISE_ATOMICS, uapi::ATOMICS_UNPROTECTED) => space.advise(range, Atomics::Unprotected),
+            (2, 0) => space.advise_location(range, Location::Anywhere),
+            (2, 1) => space.advise_location(range, Location::System),
+            (2, 2) => space.advise_location(range, Location::Vram),
+            (3, 3) => space.advise(range, Atomics::Migrate),
+            (4, 1) => space.prefetch(range, Location::System),
+            (4, 2) => space.prefetch(range, Location::Vram),
             _ => Err(EINVAL),
         }
     }
@@ -214,12 +224,15 @@ impl FileHandle {
         let pointer = UserPtr::from_addr(usize::try_from(request.pages)?);
         let mut writer = UserSlice::new(pointer, size).writer();
         for va in range.step_by(kernel::page::PAGE_SIZE) {
-            let (state, rights, pfn) = space.query(va)?;
+            let found = space.query(va)?;
             let page = uapi::Page {
-                state,
+                state: found.state,
                 // The bits are in the order of the page table entry's, which has VALID in front.
-                rights: u32::from(rights >> 1),
-                pfn: pfn.filter(|_| privileged).map_or(0, |pfn| pfn.number() as u64),
+                rights: u32::from(found.rights >> 1),
+                pfn: found
+                    .pfn
+                    .filter(|_| privileged)
+                    .map_or(0, |pfn| pfn.number() as u64),
             };
             writer.write_slice(page.as_bytes())?;
         }

@@ -13,8 +13,10 @@
 use kernel::prelude::*;
 
 mod address_space;
+mod advice;
 mod bindings;
 mod chardev;
+mod copy;
 mod fence;
 mod file;
 mod gpu;
@@ -24,6 +26,7 @@ mod submission;
 mod sync;
 mod uapi;
 mod virtio;
+mod window;
 
 #[allow(dead_code, unreachable_pub)]
 #[path = "../abi/src/wire.rs"]
