@@ -6,11 +6,12 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vhost::vhost_user::Error as VhostUserError;
@@ -20,9 +21,12 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::cli::{Config, Source};
+use crate::control::{Server, Subject};
 use crate::gpu::inject::Injector;
 use crate::gpu::{Settings, StartError};
+use crate::rate_limit::warn_limited;
 use crate::relay;
+use crate::sandbox;
 use crate::socket::{self, SocketFile};
 use crate::transport::Backend;
 
@@ -48,6 +52,9 @@ pub enum Error {
     // The library's error is no `std::error::Error`, so it cannot be a source.
     #[error("cannot start the vhost-user backend: {0}")]
     Backend(BackendError),
+    /// The sandbox could not be entered.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
     /// Something the system should have given.
     #[error("cannot {what}")]
     System {
@@ -125,6 +132,18 @@ impl End {
         }
     }
 
+    /// Waits for a moment, or until the end is asked for.
+    fn pause(&self) -> Result<(), Error> {
+        let moment = Timespec {
+            tv_sec: 0,
+            tv_nsec: 100_000_000,
+        };
+        match poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&moment)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(system("wait")(error)),
+        }
+    }
+
     /// Waits for a connection. False: the end was asked for.
     fn wait_for_connection(&self, listener: &UnixListener) -> Result<bool, Error> {
         loop {
@@ -147,27 +166,60 @@ impl End {
     }
 }
 
+/// What every connection is made with.
+struct Common<'a> {
+    end: &'a End,
+    settings: &'a Settings,
+    subject: &'a Subject,
+}
+
 /// Runs until the end is asked for, or until the one connection that was given is over.
 pub fn run(config: &Config) -> Result<(), Error> {
-    let injector = Arc::new(Injector::new(&config.inject));
-    let settings = (&config.settings, &injector);
-    match &config.source {
-        Source::Path(path) => {
-            // First, so that the socket does not stay behind.
-            let end = End::on_signals()?;
+    // Before anything else is opened.
+    let given = match &config.source {
+        Source::Path(_) => None,
+        Source::Fd(fd) => Some(given(*fd)?),
+    };
+    // First, so that no socket stays behind.
+    let end = End::on_signals()?;
+    let subject = Subject::new(Arc::new(Injector::new(&config.inject)));
+    let common = Common {
+        end: &end,
+        settings: &config.settings,
+        subject: &subject,
+    };
+    let _control = match &config.control {
+        Some(path) => Some(Server::start(path, subject.clone())?),
+        None => None,
+    };
+    match (&config.source, given) {
+        (Source::Path(path), _) => {
             let file = SocketFile::bind(path)?;
-            serve_all(&end, settings, file.listener())
+            sandboxed(config)?;
+            common.serve_all(file.listener())
         }
-        Source::Fd(fd) => {
-            let socket = given(*fd)?;
-            let end = End::on_signals()?;
-            if socket_acceptconn(&socket).map_err(system("look at the socket"))? {
-                serve_all(&end, settings, &UnixListener::from(socket))
-            } else {
-                serve_given(&end, settings, UnixStream::from(socket))
-            }
+        (Source::Fd(_), Some(socket))
+            if socket_acceptconn(&socket).map_err(system("look at the socket"))? =>
+        {
+            sandboxed(config)?;
+            common.serve_all(&UnixListener::from(socket))
         }
+        (Source::Fd(_), Some(socket)) => {
+            let relay = Relay::start(UnixStream::from(socket))?;
+            sandboxed(config)?;
+            common.serve_given(relay)
+        }
+        (Source::Fd(_), None) => Ok(()),
     }
+}
+
+/// Everything that is needed from outside is there.
+fn sandboxed(config: &Config) -> Result<(), Error> {
+    if config.sandbox {
+        sandbox::enter()?;
+        log::info!("in the sandbox");
+    }
+    Ok(())
 }
 
 /// The file descriptor that was handed to this program.
@@ -187,86 +239,124 @@ fn given(fd: RawFd) -> Result<OwnedFd, Error> {
     }
 }
 
-fn serve_all(end: &End, settings: (&Settings, &Arc<Injector>), listener: &UnixListener) -> Result<(), Error> {
-    loop {
-        let connection = Connection::prepare(settings)?;
-        if !end.wait_for_connection(listener)? {
-            return Ok(());
+impl Common<'_> {
+    fn serve_all(&self, listener: &UnixListener) -> Result<(), Error> {
+        loop {
+            let connection = Connection::prepare(self)?;
+            if !self.end.wait_for_connection(listener)? {
+                return Ok(());
+            }
+            if let Err(error) = connection.serve(self, listener) {
+                // There may be no descriptor or no memory for it now; the frontend may have gone again.
+                warn_limited!("a frontend could not be served: {error}");
+                self.end.pause()?;
+            }
+            if self.end.is_asked() {
+                return Ok(());
+            }
         }
-        connection.serve(end, listener)?;
-        if end.is_asked() {
-            return Ok(());
-        }
+    }
+
+    fn serve_given(&self, relay: Relay) -> Result<(), Error> {
+        let connection = Connection::prepare(self)?;
+        let result = connection.serve(self, &relay.listener);
+        relay.end();
+        result
     }
 }
 
-/// Serves a frontend that is connected already. The library wants to accept connections itself, so it
-/// gets one from a socket of our own, and a thread hands everything over.
-fn serve_given(end: &End, settings: (&Settings, &Arc<Injector>), frontend: UnixStream) -> Result<(), Error> {
-    let connection = Connection::prepare(settings)?;
-    let directory = tempfile::tempdir().map_err(system("make a temporary directory"))?;
-    let file = SocketFile::bind(&directory.path().join("relay"))?;
-    let inner = UnixStream::connect(file.path()).map_err(system("connect to the relay's socket"))?;
-    let thread = {
-        let (frontend, inner) = (
-            frontend.try_clone().map_err(system("duplicate the connection"))?,
-            inner.try_clone().map_err(system("duplicate the connection"))?,
-        );
-        std::thread::Builder::new()
+/// Stands between a frontend that is connected already and the library, which wants to accept connections itself:
+/// it gets one from a socket of our own, and a thread hands everything over.
+struct Relay {
+    frontend: UnixStream,
+    inner: UnixStream,
+    /// The other end of `inner` waits here.
+    listener: UnixListener,
+    thread: JoinHandle<()>,
+}
+
+impl Relay {
+    fn start(frontend: UnixStream) -> Result<Self, Error> {
+        let directory = tempfile::tempdir().map_err(system("make a temporary directory"))?;
+        let file = SocketFile::bind(&directory.path().join("relay"))?;
+        let inner = UnixStream::connect(file.path()).map_err(system("connect to the relay's socket"))?;
+        let listener = file.listener().try_clone();
+        let listener = listener.map_err(system("duplicate the relay's socket"))?;
+        let duplicate = |stream: &UnixStream| stream.try_clone().map_err(system("duplicate the connection"));
+        let (one, other) = (duplicate(&frontend)?, duplicate(&inner)?);
+        let thread = std::thread::Builder::new()
             .name("relay".into())
-            .spawn(move || relay::run(&frontend, &inner))
-            .map_err(system("start the relay"))?
-    };
-    let result = connection.serve(end, file.listener());
-    // Both may be shut down already.
-    let _ = frontend.shutdown(Shutdown::Both);
-    let _ = inner.shutdown(Shutdown::Both);
-    if thread.join().is_err() {
-        log::error!("the relay panicked");
+            .spawn(move || relay::run(&one, &other))
+            .map_err(system("start the relay"))?;
+        Ok(Self {
+            frontend,
+            inner,
+            listener,
+            thread,
+        })
     }
-    result
+
+    fn end(self) {
+        // Both may be shut down already.
+        let _ = self.frontend.shutdown(Shutdown::Both);
+        let _ = self.inner.shutdown(Shutdown::Both);
+        if self.thread.join().is_err() {
+            log::error!("the relay panicked");
+        }
+    }
 }
 
 /// A device that waits for its frontend.
 struct Connection {
     daemon: VhostUserDaemon<Arc<Backend>>,
+    backend: Arc<Backend>,
     /// Ends the worker threads of the library.
     stop: OwnedFd,
 }
 
 impl Connection {
-    fn prepare(settings: (&Settings, &Arc<Injector>)) -> Result<Self, Error> {
+    fn prepare(common: &Common<'_>) -> Result<Self, Error> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let backend = Arc::new(Backend::new(*settings.0, settings.1.clone(), memory.clone())?);
+        let injector = common.subject.injector().clone();
+        let backend = Arc::new(Backend::new(*common.settings, injector, memory.clone())?);
         let stop_event = backend.stop_event();
         let stop =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(system("make an eventfd"))?;
-        let daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory).map_err(Error::Backend)?;
-        let connection = Self { daemon, stop };
+        let daemon =
+            VhostUserDaemon::new("vhost-user".into(), backend.clone(), memory).map_err(Error::Backend)?;
+        let connection = Self {
+            daemon,
+            backend,
+            stop,
+        };
         for worker in connection.daemon.get_epoll_handlers() {
             worker
                 .register_listener(connection.stop.as_raw_fd(), EventSet::IN, stop_event)
                 .map_err(system("watch an eventfd"))?;
         }
+        let device: Weak<Backend> = Arc::downgrade(&connection.backend);
+        common.subject.waits(device);
         Ok(connection)
     }
 
     /// Accepts the frontend, which is there, and serves it until it goes or the end is asked for.
-    fn serve(mut self, end: &End, listener: &UnixListener) -> Result<(), Error> {
+    fn serve(mut self, common: &Common<'_>, listener: &UnixListener) -> Result<(), Error> {
         let listener = listener.try_clone().map_err(system("duplicate the socket"))?;
         self.daemon
             .start(&mut Listener::from(listener))
             .map_err(Error::Backend)?;
         log::info!("a frontend has connected");
-        end.shuts_down(self.daemon.shutdown_handle());
+        common.subject.connected();
+        common.end.shuts_down(self.daemon.shutdown_handle());
         let result = self.daemon.wait();
-        end.shuts_down(None);
+        common.end.shuts_down(None);
+        common.subject.disconnected();
         match result {
             Ok(())
             | Err(BackendError::HandleRequest(
                 VhostUserError::Disconnected | VhostUserError::PartialMessage,
             )) => log::info!("the frontend has gone"),
-            Err(error) => log::warn!("the connection to the frontend is given up: {error}"),
+            Err(error) => warn_limited!("the connection to the frontend is given up: {error}"),
         }
         Ok(())
     }
@@ -275,6 +365,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         // The library joins its threads next; this is what they end upon.
+        self.backend.close();
         if let Err(error) = rustix::io::write(self.stop.as_fd(), &1_u64.to_ne_bytes()) {
             log::error!("cannot stop the worker threads: {error}");
         }

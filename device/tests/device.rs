@@ -219,7 +219,12 @@ fn bad_messages_are_answered_and_change_nothing() {
     let done = guest.run(5, 13, &[increments(VA, 1)]);
     assert_eq!((done.status, done.fault_va), (abi::STATUS_BUS_ERROR, VA));
     assert_eq!(guest.event().status, abi::STATUS_BUS_ERROR);
-    daemon.terminate();
+    daemon.terminate_saying(&[
+        "malformed",
+        "unknown opcode",
+        "outside the address space",
+        "memory that does not exist",
+    ]);
 }
 
 #[test]

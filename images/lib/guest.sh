@@ -37,8 +37,9 @@ make_module() {
 module_make() {
     local out=$1 args=()
     shift
+    read -r -a args <<<"$KERNEL_MAKE"
     # Debian's kernel remembers its compiler by this name.
-    if [[ $KERNEL_ORIGIN == debian ]]; then args=(CC=x86_64-linux-gnu-gcc-14); fi
+    if [[ $KERNEL_ORIGIN == debian ]]; then args+=(CC=x86_64-linux-gnu-gcc-14); fi
     in_toolchain -r "$KERNEL/linux:/pinion/linux" -r "$KERNEL/build:/pinion/build" -r "$REPO:/pinion/repo" -b "$out:/pinion/out" \
         make -C /pinion/build M=/pinion/repo/guest-driver MO=/pinion/out "${args[@]}" -j"$(nproc)" "$@"
 }

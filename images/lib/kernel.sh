@@ -15,13 +15,14 @@ kernel_names() {
     done
 }
 
-# read_kernel NAME: sets KERNEL_DESCRIPTION, KERNEL_ORIGIN (source or debian), KERNEL_PATCHES (yes or no), KERNEL_FRAGMENTS.
+# read_kernel NAME: sets KERNEL_DESCRIPTION, KERNEL_ORIGIN (source or debian), KERNEL_PATCHES (yes or no), KERNEL_FRAGMENTS,
+# KERNEL_MAKE (arguments for make, for the kernel and for modules), KERNEL_APPEND (for its command line).
 read_kernel() {
     if [[ -z $1 || $1 == */* || ! -r $KERNEL_DIR/$1.conf ]]; then
         DIE_STATUS=$STATUS_USAGE
         die "there is no kernel '$1'; known: $(kernel_names | paste -sd ' ')"
     fi
-    KERNEL_DESCRIPTION='' KERNEL_ORIGIN='' KERNEL_PATCHES=no KERNEL_FRAGMENTS=''
+    KERNEL_DESCRIPTION='' KERNEL_ORIGIN='' KERNEL_PATCHES=no KERNEL_FRAGMENTS='' KERNEL_MAKE='' KERNEL_APPEND=''
     # shellcheck source=/dev/null
     source "$KERNEL_DIR/$1.conf"
 }
@@ -89,6 +90,7 @@ kernel_inputs() {
         cat "$KERNEL_DIR/config/$fragment.config"
     done
     [[ $KERNEL_PATCHES == no ]] || patches | xargs --no-run-if-empty -d '\n' cat
+    [[ -z $KERNEL_MAKE ]] || echo "$KERNEL_MAKE"
     declare -f make_kernel configure_kernel
 }
 
@@ -126,9 +128,10 @@ build_kernel_in() {
 }
 
 kernel_make() {
-    local source=$1 build=$2
+    local source=$1 build=$2 args=()
     shift 2
-    in_toolchain -r "$source:/pinion/linux" -b "$build:/pinion/build" make -C /pinion/linux O=/pinion/build "$@"
+    read -r -a args <<<"$KERNEL_MAKE"
+    in_toolchain -r "$source:/pinion/linux" -b "$build:/pinion/build" make -C /pinion/linux O=/pinion/build "${args[@]}" "$@"
 }
 
 # configure_kernel SOURCE BUILD BASE: the base configuration plus the fragments; fails when an option came out differently.

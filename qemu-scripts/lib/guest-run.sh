@@ -109,7 +109,7 @@ DEVICE_PIDS=()
 
 device_command() { # SOCKET
     local command=("$DEVICE" --socket-path "$1")
-    ((RINGS == 1)) || command+=(--rings "$RINGS")
+    command+=(--rings "$RINGS")
     command+=("${DEVICE_OPTIONS[@]}")
     printf '%s\0' "${command[@]}"
 }
@@ -205,7 +205,7 @@ start_qemu() {
     args=("${MACHINE_ARGS[@]}" -nodefaults -no-user-config -display none -no-reboot
         -kernel "$KERNEL_IMAGE" -initrd "$RUN_DIR/initrd"
         # panic=-1 with -no-reboot: a panic ends QEMU at once.
-        -append "console=ttyS0 loglevel=5 panic=-1 oops=panic log_buf_len=4M no_timer_check $APPEND"
+        -append "console=ttyS0 loglevel=5 panic=-1 oops=panic log_buf_len=4M no_timer_check $KERNEL_APPEND $APPEND"
         -chardev "file,id=console,path=$RUN_DIR/console" -serial chardev:console)
     if [[ $SHELL_WANTED == yes ]]; then
         args+=(-chardev stdio,id=shell,mux=on,signal=off -serial chardev:shell -mon chardev=shell)

@@ -1,60 +1,107 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The engine of one ring: takes submissions in order and executes them.
+//! Engines: each a thread that serves some rings, a slice of time after the other.
+//!
+//! Ring `n` is on engine `n % engines`. A ring that cannot go on (it is stalled on a fault, waits for a semaphore or for
+//! the bus, or is empty) costs its engine nothing, and the others on it go on. Among those that can, the next
+//! slice goes to the context that has had the least time: a context with many busy rings gets no more than one
+//! with a single ring. A ring whose stalled access is replayed comes first, for the driver waits for that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pinion_abi::{Completion, STATUS_OK};
+use pinion_abi::{ACCESS_READ, Completion};
 
-use super::command::{self, Command};
-use super::context::Context;
-use super::execute::{self, Execution, Scratch, Trouble, Window};
+use super::access::{AccessFault, Tally, Trouble, Window};
+use super::command::{self, Command, Submission};
+use super::execute::{Budget, Execution, Progress, Surroundings};
 use super::fault::{Origin, Replayed, Wake};
 use super::gate::Gate;
+use super::inject::Defect;
+use super::lane::{Lane, State, Task};
+use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
 
-/// Completions that are announced no later than work of this size (in bytes) is begun.
-const LONG_WORK: u64 = 128 << 10;
+/// How long an engine works for one ring before it looks whether another one should be served.
+const SLICE: Duration = Duration::from_micros(100);
 /// Completions after which they are announced in any case.
 const BATCH: u32 = 64;
+/// Submissions that are refused before another ring is looked at.
+const REFUSALS: u32 = 64;
+/// How soon a ring that waits for a number in memory looks at it again; the time doubles up to the second one.
+const POLL_FIRST: Duration = Duration::from_micros(5);
+const POLL_LAST: Duration = Duration::from_micros(500);
+
+/// What has happened while an engine did not look.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bell {
+    /// Rings with new submissions, or whose stall has ended; as bits.
+    rings: u32,
+    /// Something that others may wait for.
+    poke: bool,
+}
 
 /// The part of an engine that others reach.
 #[derive(Default)]
 pub(super) struct Engine {
     /// Where it touches memory.
     pub(super) gate: Gate,
-    rung: Mutex<bool>,
-    bell: Condvar,
+    bell: Mutex<Bell>,
+    rung: Condvar,
 }
 
 impl Engine {
-    /// Tells the engine that there may be work, or that it may be time to end.
-    pub(super) fn ring(&self) {
-        *self.rung.lock() = true;
-        self.bell.notify_one();
+    /// Tells the engine that there is something new about a ring.
+    pub(super) fn ring(&self, ring: u16) {
+        let mut bell = self.bell.lock();
+        bell.rings |= 1_u32.checked_shl(ring.into()).unwrap_or(0);
+        self.rung.notify_one();
     }
 
-    fn wait_for_bell(&self) {
-        let mut rung = self.rung.lock();
-        while !std::mem::take(&mut *rung) {
-            self.bell.wait(&mut rung);
+    /// Tells the engine to look again at whatever its rings wait for, and whether it is to end.
+    pub(super) fn poke(&self) {
+        self.bell.lock().poke = true;
+        self.rung.notify_one();
+    }
+
+    /// What has happened since the last time. Waits for something, if it may.
+    fn listen(&self, wait: Wait) -> Bell {
+        let mut bell = self.bell.lock();
+        while bell.rings == 0 && !bell.poke {
+            match wait {
+                Wait::No => break,
+                Wait::Forever => self.rung.wait(&mut bell),
+                Wait::Until(time) => {
+                    if self.rung.wait_until(&mut bell, time).timed_out() {
+                        break;
+                    }
+                }
+            }
         }
+        std::mem::take(&mut *bell)
     }
 }
 
-/// How a command, or one chunk of it, ended.
-enum End {
-    Done,
-    Failed { error: Error, va: u64, repeats: u64 },
-    Abandoned,
+#[derive(Clone, Copy, Debug)]
+enum Wait {
+    No,
+    Until(Instant),
+    Forever,
 }
 
-enum Chunk {
-    Done,
+/// How a stay inside the gate ended.
+enum Stay {
+    /// All commands are done.
+    Finished,
+    /// There is more to be done.
     More,
+    /// A command waits for something other than a page table entry.
+    Waiting,
+    /// A command has crossed the bus, which takes this long.
+    Crossing,
     Stuck(Trouble),
     Ended(Error),
     Abandoned,
@@ -62,192 +109,478 @@ enum Chunk {
 
 /// An engine's own part.
 pub(super) struct Worker<H: Host> {
-    pub(super) shared: Arc<Shared<H>>,
-    pub(super) ring: u16,
+    shared: Arc<Shared<H>>,
+    number: usize,
+    lanes: Vec<Lane<H::Ticket>>,
+    shares: Shares,
+    tally: Tally,
 }
 
 impl<H: Host> Worker<H> {
+    /// The worker of engine `number`.
+    pub(super) fn new(shared: Arc<Shared<H>>, number: usize) -> Self {
+        let rings = 0..shared.timelines.len();
+        let lanes = rings
+            .filter(|&ring| shared.engine_of(ring) == number)
+            .map(Lane::new)
+            .collect();
+        Self {
+            shared,
+            number,
+            lanes,
+            shares: Shares::default(),
+            tally: Tally::default(),
+        }
+    }
+
     /// Works until the device ends.
-    pub(super) fn run(&self) {
-        let Some(engine) = self.shared.engines.get(usize::from(self.ring)) else {
+    pub(super) fn run(mut self) {
+        let shared = self.shared.clone();
+        let Some(engine) = shared.engines.get(self.number) else {
             return;
         };
-        let host = &self.shared.host;
-        let mut bytes = Vec::with_capacity(command::MAX_SUBMISSION);
-        let mut commands = Vec::with_capacity(command::MAX_BATCH as usize);
-        let mut scratch = execute::scratch();
-        let mut unannounced = 0_u32;
+        // Lanes are taken out while they are worked on.
+        let mut lanes = std::mem::take(&mut self.lanes);
+        let mut wait = Wait::Forever;
         loop {
-            engine.wait_for_bell();
-            host.busy(self.ring);
-            loop {
-                if self.shared.ending.load(Ordering::Relaxed) {
-                    return;
-                }
-                bytes.clear();
-                let Some((ticket, position)) = host.next(self.ring, &mut bytes) else {
-                    unannounced = 0;
-                    if host.idle(self.ring) { continue } else { break }
-                };
-                let decoded = command::decode_submission(&bytes, &mut commands);
-                let cost = commands.iter().map(Command::cost).fold(0, u64::saturating_add);
-                if unannounced > 0 && (cost >= LONG_WORK || unannounced >= BATCH) {
-                    host.announce(self.ring);
-                    unannounced = 0;
-                }
-                let completion = match decoded {
-                    Ok(submission) => self.submission(engine, submission, position, &commands, &mut scratch),
-                    Err((sequence, error)) => Some(failed(sequence, error)),
-                };
-                if let Some(completion) = completion {
-                    host.complete(self.ring, ticket, completion);
-                    unannounced = unannounced.saturating_add(1);
-                }
+            let bell = engine.listen(wait);
+            if shared.ending.load(Ordering::Relaxed) {
+                break;
             }
-        }
-    }
-
-    /// Executes a submission. None if nobody wants to hear of it any more.
-    fn submission(
-        &self,
-        engine: &Engine,
-        submission: command::Submission,
-        position: u64,
-        commands: &[Command],
-        scratch: &mut Scratch,
-    ) -> Option<Completion> {
-        let command::Submission { context, sequence } = submission;
-        let context = match self.shared.contexts.get(context) {
-            Ok(context) if context.is_meant_by(self.ring, position) => context,
-            _ => return Some(failed(sequence, Error::NoContext)),
-        };
-        if let Err(error) = context.check() {
-            return Some(failed(sequence, error));
-        }
-        let origin = Origin {
-            ring: self.ring,
-            context: &context,
-            sequence,
-        };
-        let mut executed = 0_u32;
-        for command in commands {
-            match self.command(engine, origin, *command, scratch) {
-                End::Done => executed = executed.saturating_add(1),
-                End::Failed { error, va, repeats } => {
-                    return Some(Completion {
-                        executed,
-                        fault_va: va,
-                        repeats,
-                        ..failed(sequence, error)
-                    });
-                }
-                End::Abandoned => return None,
+            let now = Instant::now();
+            for lane in &mut lanes {
+                self.look(lane, bell, now);
             }
-        }
-        Some(Completion {
-            sequence,
-            status: STATUS_OK,
-            executed,
-            ..Completion::default()
-        })
-    }
-
-    fn command(&self, engine: &Engine, origin: Origin<'_>, command: Command, scratch: &mut Scratch) -> End {
-        let faults = &self.shared.faults;
-        let mut execution = Execution::new(command, scratch);
-        // The fault whose REPLAY waits to hear how the next chunk goes.
-        let mut retried = None;
-        let end = loop {
-            let before = execution.moves();
-            let chunk = self.chunk(engine, origin.context, &mut execution, scratch);
-            if execution.moves() != before {
-                self.replayed(retried.take().and_then(|id| faults.report(id, true)));
-            }
-            let wake = match chunk {
-                Chunk::More => continue,
-                Chunk::Done => break End::Done,
-                Chunk::Abandoned => break End::Abandoned,
-                Chunk::Ended(error) => {
-                    break End::Failed {
-                        error,
-                        va: 0,
-                        repeats: execution.repeats(),
-                    };
+            wait = match self.choose(&lanes) {
+                Some(index) => {
+                    if let Some(lane) = lanes.get_mut(index) {
+                        self.slice(engine, lane);
+                    }
+                    Wait::No
                 }
-                Chunk::Stuck(Trouble::Bus(va)) => {
-                    faults.fail(origin, va, Error::Bus);
-                    self.shared.host.events();
-                    break End::Failed {
-                        error: Error::Bus,
-                        va,
-                        repeats: execution.repeats(),
-                    };
-                }
-                Chunk::Stuck(Trouble::Fault(fault)) => {
-                    self.shared.host.announce(self.ring);
-                    let (stalled, replayed) = faults.stall(origin, &fault, retried.take());
-                    self.shared.host.events();
-                    self.replayed(replayed);
-                    let wake = match stalled {
-                        Ok(()) => faults.wait(self.ring),
-                        Err(wake) => wake,
-                    };
-                    (wake, fault.va)
-                }
+                None => earliest(&lanes),
             };
-            match wake {
-                (Wake::Retry(id), _) => retried = Some(id),
-                (Wake::Ended(error), va) => {
-                    break End::Failed {
-                        error,
-                        va,
-                        repeats: execution.repeats(),
-                    };
-                }
-                (Wake::Abandoned, _) => break End::Abandoned,
-            }
-        };
-        self.replayed(retried.and_then(|id| faults.report(id, false)));
-        end
+        }
+        for lane in &mut lanes {
+            self.abandon(lane);
+        }
     }
 
-    /// One stay inside the gate.
-    fn chunk(
-        &self,
-        engine: &Engine,
-        context: &Context,
-        execution: &mut Execution,
-        scratch: &mut Scratch,
-    ) -> Chunk {
+    /// Brings a lane up to date.
+    fn look(&mut self, lane: &mut Lane<H::Ticket>, bell: Bell, now: Instant) {
+        let rung = bell.rings & 1_u32.checked_shl(lane.ring.into()).unwrap_or(0) != 0;
+        match lane.state {
+            State::Ready => {}
+            State::Idle if rung => {
+                self.shared.host.busy(lane.ring);
+                lane.state = State::Ready;
+            }
+            State::Idle => {}
+            State::Stalled(va) => {
+                // A doorbell means nothing to it; a wake-up comes with one.
+                if rung || bell.poke {
+                    if let Some(wake) = self.shared.faults.poll(lane.ring) {
+                        self.awake(lane, wake, va);
+                    }
+                }
+            }
+            State::Waiting { next, .. } => {
+                if bell.poke || now >= next {
+                    lane.state = State::Ready;
+                }
+            }
+            State::Crossing(until) => {
+                // However slow the bus is, work that has ended ends.
+                if now >= until || (bell.poke && lane.check().is_err()) {
+                    lane.state = State::Ready;
+                }
+            }
+        }
+        if matches!(lane.state, State::Ready) && lane.task.is_none() {
+            self.take(lane);
+        }
+    }
+
+    /// The stall of a lane has ended.
+    fn awake(&mut self, lane: &mut Lane<H::Ticket>, wake: Wake, va: u64) {
+        lane.state = State::Ready;
+        match wake {
+            Wake::Retry(id) => {
+                if let Some(task) = &mut lane.task {
+                    task.retried = Some(id);
+                }
+            }
+            Wake::Ended(error) => self.finish(lane, Err(error), va),
+            Wake::Abandoned => self.abandon(lane),
+        }
+    }
+
+    /// The lane to be served next.
+    fn choose(&mut self, lanes: &[Lane<H::Ticket>]) -> Option<usize> {
+        let mut best: Option<(usize, u64)> = None;
+        for (index, lane) in lanes.iter().enumerate() {
+            let (State::Ready, Some(task)) = (lane.state, &lane.task) else {
+                continue;
+            };
+            if task.retried.is_some() {
+                return Some(index);
+            }
+            let used = self.shares.used(task.context.id());
+            if best.is_none_or(|(_, least)| used < least) {
+                best = Some((index, used));
+            }
+        }
+        let (index, used) = best?;
+        self.shares.chosen(used);
+        // Several lanes of the same context take turns.
+        let turn = |index: usize| lanes.get(index).map_or(0, |lane| lane.served);
+        let same = lanes.iter().enumerate().filter(|(_, lane)| {
+            matches!(lane.state, State::Ready)
+                && lane
+                    .task
+                    .as_ref()
+                    .is_some_and(|task| self.shares.used(task.context.id()) == used)
+        });
+        same.map(|(index, _)| index)
+            .min_by_key(|&index| turn(index))
+            .or(Some(index))
+    }
+
+    /// Works for a lane, for a while.
+    fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) {
+        let begin = Instant::now();
+        let mut now = begin;
+        self.shared.statistics.slices.count();
+        lane.served = self.shares.turn();
+        self.shared.publish(lane.ring, lane.state);
+        while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
+            let context = task.context.id();
+            self.step(engine, lane, now);
+            let after = Instant::now();
+            let spent = after.saturating_duration_since(now);
+            self.shares.charge(context, spent);
+            now = after;
+            if let Some(task) = &mut lane.task {
+                task.worked = task.worked.saturating_add(spent);
+                if self.is_hung(task, now) {
+                    self.hang(lane);
+                }
+            }
+            if now.saturating_duration_since(begin) >= SLICE {
+                break;
+            }
+            if lane.task.is_none() && matches!(lane.state, State::Ready) {
+                self.take(lane);
+            }
+        }
+        let counts = engine.gate.with(|inside| inside.tlb.take_counts());
+        let statistics = &self.shared.statistics;
+        statistics.tlb_hits.add(counts.hits);
+        statistics.tlb_misses.add(counts.misses);
+        statistics.tlb_evictions.add(counts.evictions);
+        self.announce(lane);
+        self.shared.publish(lane.ring, lane.state);
+    }
+
+    /// One stay inside the gate, and what follows from it.
+    fn step(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>, now: Instant) {
+        let stay = self.stay(engine, lane);
+        let until = self.account(lane, now);
+        let Some(task) = &mut lane.task else { return };
+        if std::mem::take(&mut task.moved) {
+            let retried = task.retried.take();
+            task.waiting = None;
+            self.replayed(retried.and_then(|id| self.shared.faults.report(id, true)));
+        }
+        let news = std::mem::take(&mut task.news);
+        if news.events {
+            self.shared.statistics.prefetches.count();
+            self.shared.host.events();
+        }
+        if news.signal {
+            self.shared.poke_waiting();
+        }
+        lane.state = State::Ready;
+        match stay {
+            // What it has moved has to arrive first.
+            Stay::Finished | Stay::More if until.is_some() => {
+                if let Some(until) = until {
+                    lane.state = State::Crossing(until);
+                }
+            }
+            Stay::Finished => self.finish(lane, Ok(()), 0),
+            Stay::More => {}
+            Stay::Crossing => {
+                let arrival = now.checked_add(self.shared.bus.round_trip());
+                if let Some(arrival) = arrival.max(until) {
+                    lane.state = State::Crossing(arrival);
+                }
+            }
+            Stay::Waiting => self.wait(lane, now),
+            Stay::Stuck(Trouble::Bus(va)) => {
+                self.fail(lane, Error::Bus, va);
+            }
+            Stay::Stuck(Trouble::Fault(fault)) => self.stall(lane, &fault),
+            Stay::Ended(error) => self.finish(lane, Err(error), 0),
+            Stay::Abandoned => self.abandon(lane),
+        }
+    }
+
+    fn stay(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) -> Stay {
+        let shared = &*self.shared;
         let mut inside = engine.gate.enter();
-        let chunk = loop {
-            if self.shared.ending.load(Ordering::Relaxed) {
-                break Chunk::Abandoned;
+        let stay = loop {
+            let Some(task) = &mut lane.task else {
+                break Stay::Abandoned;
+            };
+            if shared.ending.load(Ordering::Relaxed) {
+                break Stay::Abandoned;
             }
             // Inside the gate: whoever ends a context says so in it first and then comes through here,
             // and after that no access of the context begins.
-            if let Err(error) = context.check() {
-                break Chunk::Ended(error);
+            if let Err(error) = task.context.check(lane.ring, task.position) {
+                break Stay::Ended(error);
             }
             if inside.paused {
                 engine.gate.wait(&mut inside);
                 continue;
             }
             let inside = &mut *inside;
+            let counting = task.context.is_counting();
+            let context = task.context.clone();
             let mut window = Window {
-                context,
+                context: &context,
                 tlb: &mut inside.tlb,
                 memory: &*inside.memory,
-                vram: &self.shared.vram,
+                vram: &shared.vram,
+                injector: &shared.injector,
+                tally: &mut self.tally,
+                counting,
             };
-            break match execution.chunk(&mut window, scratch) {
-                Ok(true) => Chunk::Done,
-                Ok(false) => Chunk::More,
-                Err(trouble) => Chunk::Stuck(trouble),
-            };
+            break work(shared, lane, &mut window);
         };
         Gate::leave(inside);
-        chunk
+        stay
+    }
+
+    /// Says what the last stay has done. Returns when the bus has caught up with it, if that takes time.
+    fn account(&mut self, lane: &Lane<H::Ticket>, now: Instant) -> Option<Instant> {
+        let shared = &*self.shared;
+        let tally = &mut self.tally;
+        let statistics = &shared.statistics;
+        statistics.bytes_copied.add(std::mem::take(&mut tally.copied));
+        statistics.bytes_filled.add(std::mem::take(&mut tally.filled));
+        statistics
+            .atomic_operations
+            .add(std::mem::take(&mut tally.operations));
+        let bus = std::mem::take(&mut tally.bus);
+        statistics.bus_bytes.add(bus);
+        if let (false, Some(task)) = (tally.accesses.is_empty(), &lane.task) {
+            let reached = shared
+                .counters
+                .add(task.context.id(), lane.ring, &tally.accesses, &shared.log);
+            tally.accesses.clear();
+            if reached > 0 {
+                statistics.access_counts.add(reached);
+                shared.host.events();
+            }
+        }
+        shared.bus.moves(bus, now)
+    }
+
+    fn stall(&mut self, lane: &mut Lane<H::Ticket>, fault: &AccessFault) {
+        self.announce(lane);
+        let Some(task) = &mut lane.task else { return };
+        let retried = task.retried.take();
+        let origin = Origin {
+            ring: lane.ring,
+            context: &task.context,
+            position: task.position,
+            sequence: task.sequence,
+        };
+        // First, so that whoever ends the stall at once finds somebody to wake.
+        lane.state = State::Stalled(fault.va);
+        let (stalled, replayed) = self.shared.faults.stall(origin, fault, retried);
+        self.shared.publish(lane.ring, lane.state);
+        self.shared.host.events();
+        self.replayed(replayed);
+        if let Err(wake) = stalled {
+            self.awake(lane, wake, fault.va);
+        }
+    }
+
+    fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
+        let Some(task) = &mut lane.task else { return };
+        let (since, pause) = match task.waiting {
+            Some((since, pause)) => (since, pause.saturating_mul(2).min(POLL_LAST)),
+            None => (now, POLL_FIRST),
+        };
+        task.waiting = Some((since, pause));
+        if self.is_hung(task, now) {
+            self.hang(lane);
+            return;
+        }
+        let next = now.checked_add(pause).unwrap_or(now);
+        lane.state = State::Waiting { next };
+    }
+
+    fn is_hung(&self, task: &Task<H::Ticket>, now: Instant) -> bool {
+        let waited = task
+            .waiting
+            .map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
+        self.shared
+            .watchdog
+            .is_some_and(|limit| task.worked.saturating_add(waited) >= limit)
+    }
+
+    fn hang(&mut self, lane: &mut Lane<H::Ticket>) {
+        self.shared.statistics.hangs.count();
+        let (context, sequence) = lane
+            .task
+            .as_ref()
+            .map_or((0, 0), |task| (task.context.id(), task.sequence));
+        log::info!(
+            "ring {}: the watchdog ends context {context}, submission {sequence}",
+            lane.ring
+        );
+        self.fail(lane, Error::Hung, 0);
+    }
+
+    /// Ends a submission, and puts its context into error.
+    fn fail(&mut self, lane: &mut Lane<H::Ticket>, error: Error, va: u64) {
+        let Some(task) = &lane.task else { return };
+        let origin = Origin {
+            ring: lane.ring,
+            context: &task.context,
+            position: task.position,
+            sequence: task.sequence,
+        };
+        let woken = self.shared.faults.fail(origin, va, error);
+        self.shared.wake(woken);
+        self.shared.poke();
+        self.shared.host.events();
+        self.finish(lane, Err(error), va);
+    }
+
+    /// Takes the next submission of a lane that has none. Leaves it idle if there is none.
+    fn take(&mut self, lane: &mut Lane<H::Ticket>) {
+        let shared = self.shared.clone();
+        for _ in 0..REFUSALS {
+            lane.bytes.clear();
+            let Some((ticket, position)) = shared.host.next(lane.ring, &mut lane.bytes) else {
+                lane.unannounced = 0;
+                if shared.host.idle(lane.ring) {
+                    continue;
+                }
+                lane.state = State::Idle;
+                return;
+            };
+            let rings = shared.timelines.len();
+            let submission = match Submission::decode(&lane.bytes, rings, &mut lane.commands) {
+                Ok(submission) => submission,
+                Err((sequence, error)) => {
+                    self.complete(lane, Some(ticket), sequence, self.failure(error));
+                    continue;
+                }
+            };
+            if shared.injector.strikes(Defect::ResetMidway) {
+                shared.reset_itself();
+            }
+            let context = match shared.contexts.get(submission.context) {
+                Ok(context) if context.is_meant_by(lane.ring, position) => context,
+                _ => {
+                    let error = shared.without_context(lane.ring, position);
+                    self.complete(lane, Some(ticket), submission.sequence, self.failure(error));
+                    continue;
+                }
+            };
+            lane.bytes.clear();
+            let mut task = Task::new(ticket, context, position, submission);
+            if shared.injector.strikes(Defect::EarlyFence) {
+                let done = Completion {
+                    executed: lane.commands.len() as u32,
+                    ..Completion::default()
+                };
+                let early = task.ticket.take();
+                self.complete(lane, early, submission.sequence, done);
+            }
+            lane.task = Some(task);
+            return;
+        }
+    }
+
+    /// Ends the submission of a lane.
+    fn finish(&mut self, lane: &mut Lane<H::Ticket>, result: Result<(), Error>, va: u64) {
+        lane.state = State::Ready;
+        let Some(mut task) = lane.task.take() else { return };
+        let retried = task.retried.take();
+        self.replayed(retried.and_then(|id| self.shared.faults.report(id, false)));
+        let mut completion = Completion {
+            executed: task.executed,
+            ..Completion::default()
+        };
+        if let Err(error) = result {
+            completion = Completion {
+                status: self.failure(error).status,
+                fault_va: va,
+                repeats: task.execution.as_ref().map_or(0, Execution::repeats),
+                ..completion
+            };
+        }
+        self.shared.statistics.commands.add(task.executed.into());
+        self.complete(lane, task.ticket, task.sequence, completion);
+    }
+
+    /// Notes that a submission fails.
+    fn failure(&self, error: Error) -> Completion {
+        self.shared.statistics.submissions_failed.count();
+        self.shared.refused("a submission", error);
+        Completion {
+            status: error.code(),
+            ..Completion::default()
+        }
+    }
+
+    /// Answers a submission. (One that was answered too early has no ticket any more.)
+    fn complete(
+        &self,
+        lane: &mut Lane<H::Ticket>,
+        ticket: Option<H::Ticket>,
+        sequence: u64,
+        completion: Completion,
+    ) {
+        let shared = &*self.shared;
+        let Some(ticket) = ticket else { return };
+        shared.statistics.submissions.count();
+        let completion = Completion {
+            sequence,
+            timeline: shared.timelines.advance(lane.ring, sequence),
+            time: shared.clock.now(),
+            ..completion
+        };
+        if !shared.injector.strikes(Defect::LostCompletion) {
+            shared.host.complete(lane.ring, ticket, completion);
+            lane.unannounced = lane.unannounced.saturating_add(1);
+        }
+        shared.poke_waiting();
+        if lane.unannounced >= BATCH {
+            self.announce(lane);
+        }
+    }
+
+    /// Forgets the submission of a lane: nobody wants to hear of it.
+    fn abandon(&self, lane: &mut Lane<H::Ticket>) {
+        lane.state = State::Ready;
+        if let Some(task) = lane.task.take() {
+            let replayed = task.retried.and_then(|id| self.shared.faults.report(id, false));
+            self.replayed(replayed);
+        }
+    }
+
+    fn announce(&self, lane: &mut Lane<H::Ticket>) {
+        if std::mem::take(&mut lane.unannounced) > 0 {
+            self.shared.host.announce(lane.ring);
+        }
     }
 
     fn replayed(&self, replayed: Option<Replayed<H::Ticket>>) {
@@ -257,11 +590,105 @@ impl<H: Host> Worker<H> {
     }
 }
 
-fn failed(sequence: u64, error: Error) -> Completion {
-    log::debug!("submission {sequence}: {error}");
-    Completion {
-        sequence,
-        status: error.code(),
-        ..Completion::default()
+/// When the first of the lanes has to be looked at again.
+fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
+    let times = lanes.iter().filter_map(|lane| match lane.state {
+        State::Waiting { next } => Some(next),
+        State::Crossing(until) => Some(until),
+        // It has refused so many submissions that others had to be looked at.
+        State::Ready => Some(Instant::now()),
+        State::Idle | State::Stalled(_) => None,
+    });
+    times.min().map_or(Wait::Forever, Wait::Until)
+}
+
+/// Works on the task of a lane, inside the gate.
+fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Window<'_>) -> Stay {
+    let Some(task) = &mut lane.task else {
+        return Stay::Abandoned;
+    };
+    let mut budget = Budget::new();
+    if let Some((va, length)) = task.indirect {
+        match load(window, va, length, &mut lane.bytes) {
+            Ok(()) => task.indirect = None,
+            Err((trouble, moved)) => {
+                task.moved |= moved;
+                return Stay::Stuck(trouble);
+            }
+        }
+        task.moved = true;
+        if let Err(error) = command::decode_commands(&lane.bytes, shared.timelines.len(), &mut lane.commands)
+        {
+            return Stay::Ended(error);
+        }
     }
+    let around = Surroundings {
+        ring: lane.ring,
+        sequence: task.sequence,
+        timelines: &shared.timelines,
+        clock: &shared.clock,
+        log: &shared.log,
+        round_trip: shared.bus.round_trip(),
+    };
+    loop {
+        let execution = match &mut task.execution {
+            Some(execution) => execution,
+            None => {
+                let Some(&command) = lane.commands.get(task.executed as usize) else {
+                    return Stay::Finished;
+                };
+                let command = if shared.injector.strikes(Defect::HangEngine) {
+                    Command::Hang
+                } else {
+                    command
+                };
+                task.execution.insert(Execution::new(command, &mut lane.scratch))
+            }
+        };
+        let (before, crossed) = (execution.moves(), window.tally.bus);
+        let progress = execution.go_on(window, &around, &mut lane.scratch, &mut budget);
+        task.moved |= execution.moves() != before;
+        match progress {
+            Ok(Progress::Done) => {
+                let news = execution.news();
+                task.news.events |= news.events;
+                task.news.signal |= news.signal;
+                task.execution = None;
+                task.executed = task.executed.saturating_add(1);
+                if window.tally.bus != crossed && !around.round_trip.is_zero() {
+                    return Stay::Crossing;
+                }
+            }
+            Ok(Progress::More) => return Stay::More,
+            Ok(Progress::Wait) => return Stay::Waiting,
+            Err(trouble) => return Stay::Stuck(trouble),
+        }
+        if budget.is_spent() {
+            return Stay::More;
+        }
+    }
+}
+
+/// Loads the commands of an indirect submission behind those in `bytes`. With an error it says whether it came forward.
+fn load(window: &mut Window<'_>, va: u64, length: usize, bytes: &mut Vec<u8>) -> Result<(), (Trouble, bool)> {
+    let mut moved = false;
+    // At most 64 KiB: one stay.
+    while bytes.len() < length {
+        let left = length.saturating_sub(bytes.len()) as u64;
+        let at = va.wrapping_add(bytes.len() as u64);
+        let piece = window.translate(at, ACCESS_READ, left).and_then(|from| {
+            window
+                .slice(from, at, left.min(from.left_in_page(at)))
+                .map(|piece| (from, piece))
+        });
+        let (from, piece) = piece.map_err(|trouble| (trouble, moved))?;
+        let old = bytes.len();
+        bytes.resize(old.saturating_add(piece.len()), 0);
+        if let Some(target) = bytes.get_mut(old..) {
+            piece.copy_to(target);
+        }
+        window.crossed(from, piece.len() as u64);
+        moved = true;
+    }
+    Ok(())
 }

@@ -1,112 +1,99 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Execution of one command in chunks, each short, each complete or not begun.
+//! Execution of one command in steps, each short, each complete or not begun.
 //!
-//! An [`Execution`] knows how far it has come. A chunk that cannot translate an address changes nothing
+//! An [`Execution`] knows how far it has come. A step that cannot translate an address changes nothing
 //! beyond what it has counted as done, so the command goes on from exactly there when it is tried again.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use pinion_abi::{
-    ACCESS_ATOMIC, ACCESS_READ, ACCESS_WRITE, PAGE_SIZE, PTE_ADDRESS, PTE_VALID, PTE_VRAM, REASON_ATOMIC,
-    REASON_NOT_PRESENT, REASON_READ, REASON_WRITE,
-};
-use vm_memory::{VolatileMemory, VolatileSlice};
+use pinion_abi::{ACCESS_READ, ACCESS_WRITE, ChaseResult, EVENT_PREFETCH, EventRecord, PAGE_SIZE, PTE_VRAM};
+use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+use zerocopy::IntoBytes;
 
-use super::command::{Atomic, Command, Width};
-use super::context::Context;
-use super::memory::SystemMemory;
-use super::tlb::Tlb;
-use super::vram::Vram;
+use super::access::{OFFSET_MASK, Trouble, Window};
+use super::clock::Clock;
+use super::command::{Chase, Command};
+use super::event::EventLog;
+use super::inject::Defect;
+use super::operation::{Atomic, Operation, Width, WriteBack};
+use super::timeline::Timelines;
 
-/// Most atomic operations in one chunk.
-const OPERATIONS_PER_CHUNK: u32 = 64;
-/// Length of [`bus`], in steps of one or two nanoseconds.
+/// Most bytes that are moved at once.
+const PIECE: u64 = 64 << 10;
+/// Length of the way of a number over the bus and back, in steps of one or two nanoseconds.
 const BUS_STEPS: u32 = 24;
-/// Most pieces of a COPY or FILL, each within a page, in one chunk.
-const PIECES_PER_CHUNK: u32 = 4;
 const PAGE: usize = PAGE_SIZE as usize;
-const OFFSET_MASK: u64 = PAGE_SIZE - 1;
 
-/// An access for which there is no good enough page table entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AccessFault {
-    /// Where.
-    pub va: u64,
-    /// `ACCESS_*`: what it would have done.
-    pub access: u8,
-    /// `ACCESS_*`: what of that it may not.
-    pub lacking: u8,
-    /// `REASON_*`.
-    pub reason: u8,
-}
+/// How much an engine may do before it goes out of its gate. The unit is a byte moved.
+#[derive(Debug)]
+pub struct Budget(u64);
 
-/// Why a chunk could not be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
-    /// It may be possible later.
-    Fault(AccessFault),
-    /// The translation of this address leads to memory that does not exist.
-    Bus(u64),
-}
+impl Budget {
+    /// Some ten microseconds.
+    pub const STAY: u64 = 64 << 10;
+    /// What a command costs at least.
+    const COMMAND: u64 = 256;
+    /// What an operation of an ATOMIC, or a lookup, costs.
+    const OPERATION: u64 = 256;
 
-/// Memory as one context sees it, for as long as an engine stays inside its gate.
-pub struct Window<'a> {
-    /// Whose page table.
-    pub context: &'a Context,
-    /// What the engine remembers of it.
-    pub tlb: &'a mut Tlb,
-    /// Where system entries lead to.
-    pub memory: &'a dyn SystemMemory,
-    /// Where VRAM entries lead to.
-    pub vram: &'a Vram,
-}
-
-impl<'a> Window<'a> {
-    /// An entry for the page of `va` that allows `access`.
-    fn translate(&mut self, va: u64, access: u8) -> Result<u64, Trouble> {
-        // PTE_READ, PTE_WRITE and PTE_ATOMIC are in the order of ACCESS_*, one bit further up.
-        let rights = u64::from(access) << 1;
-        let enough = |pte: u64| pte & (rights | PTE_VALID) == rights | PTE_VALID;
-        if let Some(pte) = self.tlb.get(self.context.id(), va) {
-            if enough(pte) {
-                return Ok(pte);
-            }
-        }
-        let pte = self.context.table.read().get(va);
-        if enough(pte) {
-            self.tlb.put(self.context.id(), va, pte);
-            return Ok(pte);
-        }
-        let (reason, lacking) = if pte & PTE_VALID == 0 {
-            (REASON_NOT_PRESENT, access)
-        } else {
-            let lacking = access & !((pte >> 1) as u8);
-            let reason = match lacking {
-                _ if lacking & ACCESS_READ != 0 => REASON_READ,
-                _ if lacking & ACCESS_WRITE != 0 => REASON_WRITE,
-                _ => REASON_ATOMIC,
-            };
-            (reason, lacking)
-        };
-        Err(Trouble::Fault(AccessFault {
-            va,
-            access,
-            lacking,
-            reason,
-        }))
+    /// A budget for one stay.
+    pub fn new() -> Self {
+        Self(Self::STAY)
     }
 
-    /// The `length` bytes at `va`, all of them in its page, which `pte` translates.
-    fn slice(&self, pte: u64, va: u64, length: usize) -> Result<VolatileSlice<'a>, Trouble> {
-        let address = (pte & PTE_ADDRESS) | (va & OFFSET_MASK);
-        let slice = if pte & PTE_VRAM != 0 {
-            self.vram.slice(address, length)
-        } else {
-            self.memory.slice(address, length)
-        };
-        slice.ok_or(Trouble::Bus(va))
+    /// Takes from it. What is spent may be more than what is left.
+    fn spend(&mut self, cost: u64) {
+        self.0 = self.0.saturating_sub(cost);
     }
+
+    /// Whether nothing is left.
+    pub fn is_spent(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How a command goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It is done.
+    Done,
+    /// The budget is spent.
+    More,
+    /// It has to wait for something other than a page table entry.
+    Wait,
+}
+
+/// What others are to be told when a command is done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct News {
+    /// There is an event.
+    pub events: bool,
+    /// A number has changed that others may wait for.
+    pub signal: bool,
+}
+
+/// What commands know besides memory.
+pub struct Surroundings<'a> {
+    /// The ring they are on.
+    pub ring: u16,
+    /// The sequence number of their submission.
+    pub sequence: u64,
+    /// All timelines.
+    pub timelines: &'a Timelines,
+    /// Where the time comes from.
+    pub clock: &'a Clock,
+    /// Where PREFETCH says what is missing.
+    pub log: &'a EventLog,
+    /// How long a number takes over the bus and back, in addition to what it takes anyhow.
+    pub round_trip: Duration,
 }
 
 /// One page of an engine's own, for data on its way.
@@ -121,12 +108,18 @@ pub fn scratch() -> Scratch {
 #[derive(Debug)]
 pub struct Execution {
     command: Command,
-    /// Bytes stored, or operations done.
+    /// Bytes stored, operations done, nodes visited.
     done: u64,
     /// COPY: bytes that were loaded into the scratch page and not yet stored.
     loaded: usize,
-    /// ATOMIC: what the last operation found.
+    /// ATOMIC: what the last operation found. CHASE: the sum.
     found: u64,
+    /// ATOMIC: it is still to be written back.
+    owed: bool,
+    /// CHASE: the next node. PREFETCH: end of the last page that was missing.
+    pointer: u64,
+    /// PREFETCH: the first page that was missing.
+    missing: Option<u64>,
     /// Number of accesses that got through.
     moves: u64,
 }
@@ -139,11 +132,18 @@ impl Execution {
                 bytes.copy_from_slice(pattern);
             }
         }
+        let pointer = match command {
+            Command::Chase(chase) => chase.head,
+            _ => 0,
+        };
         Self {
             command,
             done: 0,
             loaded: 0,
             found: 0,
+            owed: false,
+            pointer,
+            missing: None,
             moves: 0,
         }
     }
@@ -153,28 +153,83 @@ impl Execution {
         self.moves
     }
 
-    /// ATOMIC: operations done.
+    /// ATOMIC: operations done. CHASE: nodes visited.
     pub fn repeats(&self) -> u64 {
-        if matches!(self.command, Command::Atomic(_)) {
-            self.done
-        } else {
-            0
+        match self.command {
+            Command::Atomic(_) | Command::Chase(_) => self.done,
+            _ => 0,
         }
     }
 
-    /// Does the next chunk; says whether it was the last.
-    pub fn chunk(&mut self, window: &mut Window<'_>, scratch: &mut Scratch) -> Result<bool, Trouble> {
+    /// What others are to be told now that it is done.
+    pub fn news(&self) -> News {
+        News {
+            events: matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0,
+            signal: matches!(
+                self.command,
+                Command::SemaphoreSignal { .. } | Command::Fence { .. } | Command::Atomic(_)
+            ),
+        }
+    }
+
+    /// Goes on until the command is done, the budget is spent, or something is missing.
+    pub fn go_on(
+        &mut self,
+        window: &mut Window<'_>,
+        around: &Surroundings<'_>,
+        scratch: &mut Scratch,
+        budget: &mut Budget,
+    ) -> Result<Progress, Trouble> {
+        budget.spend(Budget::COMMAND);
         match self.command {
-            Command::Nop => Ok(true),
+            Command::Nop => Ok(Progress::Done),
+            Command::Hang => Ok(Progress::Wait),
             Command::Copy {
                 destination,
                 source,
                 length,
-            } => some_pieces(|| self.copy(window, scratch, destination, source, length)),
-            Command::Fill { address, length, .. } => {
-                some_pieces(|| self.fill(window, scratch, address, length))
+            } => pieces(budget, |budget| {
+                self.copy(window, scratch, (destination, source, length), budget)
+            }),
+            Command::Fill { address, length, .. } => pieces(budget, |budget| {
+                self.fill(window, scratch, address, length, budget)
+            }),
+            Command::Atomic(atomic) => self.atomic(window, &atomic, around, budget),
+            Command::SemaphoreWait {
+                address,
+                width,
+                mask,
+                comparison,
+                operand,
+            } => {
+                let value = self.load(window, address, width)?;
+                let holds = comparison.holds(value & mask, operand);
+                Ok(if holds { Progress::Done } else { Progress::Wait })
             }
-            Command::Atomic(atomic) => self.atomic(window, &atomic),
+            Command::SemaphoreSignal {
+                address,
+                width,
+                operand,
+            } => self.store(window, address, width, operand),
+            Command::Timestamp { address } => self.store(window, address, Width::W8, around.clock.now()),
+            Command::Fence { value, write_back } => {
+                around.timelines.advance(around.ring, value);
+                match write_back {
+                    Some(va) => self.store(window, va, Width::W8, around.timelines.get(around.ring)),
+                    None => Ok(Progress::Done),
+                }
+            }
+            Command::FenceWait { ring, value } => Ok(if around.timelines.get(ring) >= value {
+                Progress::Done
+            } else {
+                Progress::Wait
+            }),
+            Command::Prefetch {
+                address,
+                length,
+                access,
+            } => Ok(self.prefetch(window, around, (address, length, access), budget)),
+            Command::Chase(chase) => self.chase(window, &chase, budget),
         }
     }
 
@@ -183,131 +238,320 @@ impl Execution {
         self.moves = self.moves.wrapping_add(1);
     }
 
+    /// Copies one piece. Says whether it was the last.
     fn copy(
         &mut self,
         window: &mut Window<'_>,
         scratch: &mut Scratch,
-        destination: u64,
-        source: u64,
-        length: u64,
+        (destination, source, length): (u64, u64, u64),
+        budget: &mut Budget,
     ) -> Result<bool, Trouble> {
         let left = length.saturating_sub(self.done);
         if left == 0 {
             return Ok(true);
         }
-        // Where the source would be overwritten before it is read, begin at the end. A chunk is loaded
-        // whole before it is stored and lies within one page on both sides.
+        // Where the source would be overwritten before it is read, begin at the end. A piece is loaded whole before
+        // it is stored: the two sides of it may overlap.
         let (offset, size) = if destination.wrapping_sub(source) < length {
             let before_end =
                 |address: u64| (address.wrapping_add(left).wrapping_sub(1) & OFFSET_MASK).wrapping_add(1);
             let size = left.min(before_end(source)).min(before_end(destination));
             (left.wrapping_sub(size), size)
         } else {
-            let to_end = |address: u64| PAGE_SIZE.wrapping_sub(address.wrapping_add(self.done) & OFFSET_MASK);
-            (self.done, left.min(to_end(source)).min(to_end(destination)))
+            (self.done, left.min(PIECE))
         };
-        let count = size as usize;
         let (source, destination) = (source.wrapping_add(offset), destination.wrapping_add(offset));
-        let Some(buffer) = scratch.get_mut(..count) else {
-            return Err(Trouble::Bus(source));
-        };
+        // What can be said to the driver in advance: only forwards does the rest lie ahead.
+        let ahead = if offset == self.done { left } else { size };
+        let small = |size: u64, address: u64| size.min(PAGE_SIZE.wrapping_sub(address & OFFSET_MASK));
 
-        if self.loaded == 0 {
-            let from = window.translate(source, ACCESS_READ)?;
-            let from = window.slice(from, source, count)?;
-            match window.translate(destination, ACCESS_WRITE) {
-                Ok(to) => from.copy_to_volatile_slice(window.slice(to, destination, count)?),
+        let stored = if self.loaded == 0 {
+            let from = window.translate(source, ACCESS_READ, ahead)?;
+            let size = size.min(from.left_in_page(source));
+            match window.translate(destination, ACCESS_WRITE, ahead) {
+                Ok(to) => {
+                    let source = window.data(from, source, size.min(to.left_in_page(destination)))?;
+                    let target = window.data(to, destination, source.len() as u64)?;
+                    source.copy_to_volatile_slice(target);
+                    let stored = source.len().min(target.len()) as u64;
+                    if window.injector.strikes(Defect::CorruptCopy) {
+                        corrupt(&target);
+                    }
+                    window.crossed(from, stored);
+                    window.crossed(to, stored);
+                    stored
+                }
                 Err(trouble) => {
                     // The load counts, so that the two sides need not be present at the same time.
-                    from.copy_to(buffer);
-                    self.loaded = count;
+                    let size = small(small(size, source), destination);
+                    let piece = window.data(from, source, size)?;
+                    let Some(buffer) = scratch.get_mut(..piece.len()) else {
+                        return Err(Trouble::Bus(source));
+                    };
+                    piece.copy_to(buffer);
+                    window.crossed(from, piece.len() as u64);
+                    self.loaded = piece.len();
                     self.moved(0);
                     return Err(trouble);
                 }
             }
         } else {
-            let to = window.translate(destination, ACCESS_WRITE)?;
-            window.slice(to, destination, count)?.copy_from(buffer);
+            let to = window.translate(destination, ACCESS_WRITE, ahead)?;
+            let size = self.loaded;
+            let Some(buffer) = scratch.get(..size) else {
+                return Err(Trouble::Bus(destination));
+            };
+            window.data(to, destination, size as u64)?.copy_from(buffer);
+            window.crossed(to, size as u64);
             self.loaded = 0;
-        }
-        self.moved(size);
+            size as u64
+        };
+        window.tally.copied = window.tally.copied.saturating_add(stored);
+        budget.spend(stored);
+        self.moved(stored);
         Ok(self.done >= length)
     }
 
+    /// Fills one piece. Says whether it was the last.
     fn fill(
         &mut self,
         window: &mut Window<'_>,
         scratch: &mut Scratch,
         address: u64,
         length: u64,
+        budget: &mut Budget,
     ) -> Result<bool, Trouble> {
         let left = length.saturating_sub(self.done);
         if left == 0 {
             return Ok(true);
         }
-        // Address and length are aligned to the pattern, so every chunk begins with its first byte.
+        // Address and length are aligned to the pattern, so every piece begins with its first byte.
         let va = address.wrapping_add(self.done);
         let size = left.min(PAGE_SIZE.wrapping_sub(va & OFFSET_MASK));
-        let Some(buffer) = scratch.get(..size as usize) else {
+        let to = window.translate(va, ACCESS_WRITE, left)?;
+        let target = window.data(to, va, size)?;
+        let Some(buffer) = scratch.get(..target.len()) else {
             return Err(Trouble::Bus(va));
         };
-        let to = window.translate(va, ACCESS_WRITE)?;
-        window.slice(to, va, buffer.len())?.copy_from(buffer);
-        self.moved(size);
+        target.copy_from(buffer);
+        let stored = buffer.len() as u64;
+        window.crossed(to, stored);
+        window.tally.filled = window.tally.filled.saturating_add(stored);
+        budget.spend(stored);
+        self.moved(stored);
         Ok(self.done >= length)
     }
 
-    fn atomic(&mut self, window: &mut Window<'_>, atomic: &Atomic) -> Result<bool, Trouble> {
-        const ACCESS: u8 = ACCESS_READ | ACCESS_WRITE | ACCESS_ATOMIC;
+    fn atomic(
+        &mut self,
+        window: &mut Window<'_>,
+        atomic: &Atomic,
+        around: &Surroundings<'_>,
+        budget: &mut Budget,
+    ) -> Result<Progress, Trouble> {
         let mut page: Option<(u64, Page<'_>)> = None;
-        for _ in 0..OPERATIONS_PER_CHUNK {
+        loop {
+            if self.owed {
+                self.write_back(window, atomic)?;
+            }
             if self.done >= u64::from(atomic.repeat) {
-                break;
+                return Ok(Progress::Done);
+            }
+            if budget.is_spent() {
+                return Ok(Progress::More);
             }
             // Below `repeat`, which has 32 bits.
-            let va = atomic.place(self.done as u32);
+            let index = self.done as u32;
+            let va = atomic.place(index);
             let number = va & !OFFSET_MASK;
             let here = match &page {
-                Some((of, here)) if *of == number => here,
+                // Every access is counted by itself, so it goes through the translation if somebody counts.
+                Some((of, here)) if *of == number && !window.counting => here,
                 _ => {
-                    let pte = window.translate(va, ACCESS)?;
-                    let bytes = window.slice(pte, number, PAGE)?;
-                    &page
-                        .insert((
-                            number,
-                            Page {
-                                bytes,
-                                vram: pte & PTE_VRAM != 0,
-                            },
-                        ))
-                        .1
+                    let to = window.translate(va, atomic.operation.access(), atomic.reach(index))?;
+                    let here = Page {
+                        bytes: window.slice(to, number, PAGE_SIZE)?,
+                        vram: to.pte & PTE_VRAM != 0,
+                    };
+                    &page.insert((number, here)).1
                 }
             };
             let offset = (va & OFFSET_MASK) as usize;
-            self.found = here.operate(offset, atomic).ok_or(Trouble::Bus(va))?;
+            self.found = here
+                .operate(offset, atomic, around.round_trip)
+                .ok_or(Trouble::Bus(va))?;
+            if !here.vram {
+                let crossed = atomic.width.bytes().saturating_mul(2);
+                window.tally.bus = window.tally.bus.saturating_add(crossed);
+                if !around.round_trip.is_zero() {
+                    // Long enough for one stay.
+                    budget.spend(Budget::STAY);
+                }
+            }
+            window.tally.operations = window.tally.operations.saturating_add(1);
+            budget.spend(Budget::OPERATION);
+            self.moved(1);
+            self.owed = match atomic.write_back {
+                None => false,
+                Some(WriteBack::All(_)) => true,
+                Some(WriteBack::Last(_)) => self.done >= u64::from(atomic.repeat),
+            };
+        }
+    }
+
+    fn write_back(&mut self, window: &mut Window<'_>, atomic: &Atomic) -> Result<(), Trouble> {
+        let va = match atomic.write_back {
+            Some(WriteBack::Last(va)) => va,
+            Some(WriteBack::All(va)) => {
+                let before = self.done.saturating_sub(1).saturating_mul(atomic.width.bytes());
+                va.wrapping_add(before)
+            }
+            None => return Ok(()),
+        };
+        self.store(window, va, atomic.width, self.found)?;
+        self.owed = false;
+        Ok(())
+    }
+
+    /// Loads a number. It is aligned.
+    fn load(&mut self, window: &mut Window<'_>, va: u64, width: Width) -> Result<u64, Trouble> {
+        let from = window.translate(va, ACCESS_READ, width.bytes())?;
+        let bytes = window.slice(from, va, width.bytes())?;
+        let value = match width {
+            Width::W4 => bytes
+                .get_atomic_ref::<AtomicU32>(0)
+                .map(|place| place.load(Ordering::Acquire).into()),
+            Width::W8 => bytes
+                .get_atomic_ref::<AtomicU64>(0)
+                .map(|place| place.load(Ordering::Acquire)),
+        };
+        let value = value.map_err(|_| Trouble::Bus(va))?;
+        window.crossed(from, width.bytes());
+        self.moves = self.moves.wrapping_add(1);
+        Ok(value)
+    }
+
+    /// Stores a number, behind everything that was done before. It is aligned.
+    fn store(
+        &mut self,
+        window: &mut Window<'_>,
+        va: u64,
+        width: Width,
+        value: u64,
+    ) -> Result<Progress, Trouble> {
+        let to = window.translate(va, ACCESS_WRITE, width.bytes())?;
+        let bytes = window.slice(to, va, width.bytes())?;
+        match width {
+            Width::W4 => bytes
+                .get_atomic_ref::<AtomicU32>(0)
+                .map(|place| place.store(value as u32, Ordering::Release)),
+            Width::W8 => bytes
+                .get_atomic_ref::<AtomicU64>(0)
+                .map(|place| place.store(value, Ordering::Release)),
+        }
+        .map_err(|_| Trouble::Bus(va))?;
+        window.crossed(to, width.bytes());
+        self.moves = self.moves.wrapping_add(1);
+        Ok(Progress::Done)
+    }
+
+    fn prefetch(
+        &mut self,
+        window: &mut Window<'_>,
+        around: &Surroundings<'_>,
+        (address, length, access): (u64, u64, u8),
+        budget: &mut Budget,
+    ) -> Progress {
+        while self.done < length {
+            if budget.is_spent() {
+                return Progress::More;
+            }
+            let va = address.wrapping_add(self.done);
+            let size = PAGE_SIZE
+                .wrapping_sub(va & OFFSET_MASK)
+                .min(length.saturating_sub(self.done));
+            if !window.is_accessible(va, access) {
+                self.missing.get_or_insert(va);
+                self.pointer = va.wrapping_add(size);
+            }
+            self.done = self.done.saturating_add(size);
+            budget.spend(Budget::OPERATION);
+        }
+        if let Some(first) = self.missing.take() {
+            around.log.hint(EventRecord {
+                kind: EVENT_PREFETCH,
+                ring: around.ring,
+                context: window.context.id(),
+                va: first,
+                sequence: around.sequence,
+                access,
+                length: self.pointer.wrapping_sub(first),
+                ..EventRecord::default()
+            });
+        }
+        Progress::Done
+    }
+
+    fn chase(
+        &mut self,
+        window: &mut Window<'_>,
+        chase: &Chase,
+        budget: &mut Budget,
+    ) -> Result<Progress, Trouble> {
+        while self.pointer != 0 && self.done < u64::from(chase.repeat) {
+            if budget.is_spent() {
+                return Ok(Progress::More);
+            }
+            let place = |offset: u32| {
+                // An overflow leads where a check fails.
+                let va = self.pointer.saturating_add(offset.into());
+                Window::check_pointer(va, 8).map(|()| va)
+            };
+            let (value, next) = (place(chase.value)?, place(chase.next)?);
+            let value = self.load(window, value, Width::W8)?;
+            let next = self.load(window, next, Width::W8)?;
+            self.found = self.found.wrapping_add(value);
+            self.pointer = next;
+            budget.spend(Budget::OPERATION);
             self.moved(1);
         }
-        if self.done < u64::from(atomic.repeat) {
-            return Ok(false);
+        let result = ChaseResult {
+            pointer: self.pointer,
+            sum: self.found,
+            visited: self.done,
+        };
+        // Aligned to eight only, so it can end on another page; what is stored twice is the same.
+        for (index, bytes) in result.as_bytes().chunks_exact(8).enumerate() {
+            let va = chase.result.wrapping_add((index as u64).wrapping_mul(8));
+            let mut word = [0; 8];
+            word.copy_from_slice(bytes);
+            self.store(window, va, Width::W8, u64::from_le_bytes(word))?;
         }
-        if let Some(va) = atomic.write_back {
-            let to = window.translate(va, ACCESS_WRITE)?;
-            let to = window.slice(to, va, atomic.width.bytes() as usize)?;
-            store(&to, 0, atomic.width, self.found).ok_or(Trouble::Bus(va))?;
-            self.moves = self.moves.wrapping_add(1);
-        }
-        Ok(true)
+        Ok(Progress::Done)
     }
 }
 
-/// Repeats `piece` until it says that it was the last one, but not too often.
-fn some_pieces(mut piece: impl FnMut() -> Result<bool, Trouble>) -> Result<bool, Trouble> {
-    for _ in 0..PIECES_PER_CHUNK {
-        if piece()? {
-            return Ok(true);
+/// Repeats `piece` until it says that it was the last one, or the budget is spent.
+fn pieces(
+    budget: &mut Budget,
+    mut piece: impl FnMut(&mut Budget) -> Result<bool, Trouble>,
+) -> Result<Progress, Trouble> {
+    loop {
+        if piece(budget)? {
+            return Ok(Progress::Done);
+        }
+        if budget.is_spent() {
+            return Ok(Progress::More);
         }
     }
-    Ok(false)
+}
+
+/// The deliberate defect of a copy.
+fn corrupt(target: &VolatileSlice<'_>) {
+    if let Ok(byte) = target.read_obj::<u8>(0) {
+        // Fails only where reading failed.
+        let _ = target.write_obj(byte ^ 0xff, 0);
+    }
 }
 
 /// A page that atomic operations are done on.
@@ -316,48 +560,50 @@ struct Page<'a> {
     vram: bool,
 }
 
+macro_rules! operate {
+    ($page:ident, $offset:ident, $atomic:ident, $round_trip:ident, $type:ty, $apply:expr) => {{
+        let place = $page.bytes.get_atomic_ref::<$type>($offset).ok()?;
+        match $atomic.operation {
+            Operation::Load => place.load(Ordering::Relaxed),
+            Operation::Store => {
+                place.store($apply(0), Ordering::Relaxed);
+                0
+            }
+            _ if $page.vram => place
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some($apply(old)))
+                .ok()?,
+            _ => {
+                // A load and a store, and whatever the CPUs do in between is lost: the bus has no atomics.
+                // This is what exclusive access is for.
+                let old = place.load(Ordering::Relaxed);
+                bus($round_trip);
+                place.store($apply(old), Ordering::Relaxed);
+                old
+            }
+        }
+    }};
+}
+
 impl Page<'_> {
     /// Does one operation at `offset` and says what it found; none if that is not in the page, or the
     /// memory behind the page is not aligned.
-    fn operate(&self, offset: usize, atomic: &Atomic) -> Option<u64> {
+    fn operate(&self, offset: usize, atomic: &Atomic, round_trip: Duration) -> Option<u64> {
         let Atomic {
             operation,
             operand,
             compare,
             ..
         } = *atomic;
-        match atomic.width {
+        Some(match atomic.width {
             Width::W4 => {
-                let place = self.bytes.get_atomic_ref::<AtomicU32>(offset).ok()?;
                 let apply = |old| operation.apply32(old, operand as u32, compare as u32);
-                if self.vram {
-                    let found =
-                        place.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(apply(old)));
-                    found.ok().map(u64::from)
-                } else {
-                    // A load and a store, and whatever the CPUs do in between is lost: the bus has no
-                    // atomics. This is what exclusive access is for.
-                    let old = place.load(Ordering::Relaxed);
-                    bus();
-                    place.store(apply(old), Ordering::Relaxed);
-                    Some(old.into())
-                }
+                operate!(self, offset, atomic, round_trip, AtomicU32, apply).into()
             }
             Width::W8 => {
-                let place = self.bytes.get_atomic_ref::<AtomicU64>(offset).ok()?;
                 let apply = |old| operation.apply64(old, operand, compare);
-                if self.vram {
-                    place
-                        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(apply(old)))
-                        .ok()
-                } else {
-                    let old = place.load(Ordering::Relaxed);
-                    bus();
-                    place.store(apply(old), Ordering::Relaxed);
-                    Some(old)
-                }
+                operate!(self, offset, atomic, round_trip, AtomicU64, apply)
             }
-        }
+        })
     }
 }
 
@@ -367,24 +613,16 @@ impl Page<'_> {
 /// the two a processor hardly ever gets in between, and a driver that forgets to ask for exclusive access
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
-fn bus() {
+fn bus(round_trip: Duration) {
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
         number = std::hint::black_box(number).rotate_left(1);
     }
     std::hint::black_box(number);
-}
-
-fn store(bytes: &VolatileSlice<'_>, offset: usize, width: Width, value: u64) -> Option<()> {
-    match width {
-        Width::W4 => bytes
-            .get_atomic_ref::<AtomicU32>(offset)
-            .ok()?
-            .store(value as u32, Ordering::Relaxed),
-        Width::W8 => bytes
-            .get_atomic_ref::<AtomicU64>(offset)
-            .ok()?
-            .store(value, Ordering::Relaxed),
+    if !round_trip.is_zero() {
+        let start = Instant::now();
+        while start.elapsed() < round_trip {
+            std::hint::spin_loop();
+        }
     }
-    Some(())
 }

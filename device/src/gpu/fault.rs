@@ -16,14 +16,36 @@
 
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use pinion_abi::{EVENT_CONTEXT_ERROR, EVENT_FAULT, EventRecord, PAGE_SIZE};
 
+use super::access::AccessFault;
 use super::context::Context;
 use super::event::EventLog;
-use super::execute::AccessFault;
 use super::inject::{Defect, Injector};
+use super::state::{Activity, FaultState};
+use super::statistics::Statistics;
 use super::status::Error;
+
+/// Rings whose stall has ended: their engines are to be woken.
+#[must_use = "whoever ends a stall wakes the engine"]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rings(u32);
+
+impl Rings {
+    fn add(&mut self, ring: usize) {
+        self.0 |= 1_u32.checked_shl(ring as u32).unwrap_or(0);
+    }
+
+    fn join(&mut self, other: Self) {
+        self.0 |= other.0;
+    }
+
+    /// Their numbers.
+    pub fn iter(self) -> impl Iterator<Item = u16> {
+        (0..u32::BITS as u16).filter(move |&ring| self.0 & 1_u32.checked_shl(ring.into()).unwrap_or(0) != 0)
+    }
+}
 
 /// How a stall ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +79,7 @@ struct Fault<T> {
     context: u32,
     page: u64,
     lacking: u8,
+    reason: u8,
     stage: Stage<T>,
 }
 
@@ -83,7 +106,9 @@ pub struct Origin<'a> {
     pub ring: u16,
     /// The context.
     pub context: &'a Context,
-    /// The sequence number of the submission.
+    /// Where the submission is on the ring.
+    pub position: u64,
+    /// Its sequence number.
     pub sequence: u64,
 }
 
@@ -91,8 +116,8 @@ pub struct Origin<'a> {
 #[derive(Debug)]
 pub struct FaultTable<T> {
     state: Mutex<State<T>>,
-    woken: Condvar,
     log: Arc<EventLog>,
+    statistics: Arc<Statistics>,
     injector: Arc<Injector>,
 }
 
@@ -105,12 +130,15 @@ impl<T> State<T> {
     }
 
     /// Wakes the rings that are stalled on fault `id`.
-    fn wake(&mut self, id: u64, wake: Wake) {
-        for slot in &mut self.slots {
+    fn wake(&mut self, id: u64, wake: Wake) -> Rings {
+        let mut woken = Rings::default();
+        for (ring, slot) in self.slots.iter_mut().enumerate() {
             if matches!(slot, Slot::Stalled(on) if *on == id) {
                 *slot = Slot::Woken(wake);
+                woken.add(ring);
             }
         }
+        woken
     }
 
     fn report(&mut self, id: u64, got_through: bool) -> Option<Replayed<T>> {
@@ -130,8 +158,9 @@ impl<T> State<T> {
     }
 
     /// Ends the active faults of a context; `of` gives what each ends with.
-    fn end(&mut self, context: u32, log: &EventLog, of: impl Fn(u64) -> Error) {
+    fn end(&mut self, context: u32, log: &EventLog, of: impl Fn(u64) -> Error) -> Rings {
         let mut ended = Vec::new();
+        let mut woken = Rings::default();
         self.faults.retain(|fault| {
             let ends = fault.context == context && matches!(fault.stage, Stage::Active);
             if ends {
@@ -141,14 +170,15 @@ impl<T> State<T> {
         });
         for id in ended {
             log.forget_fault(id);
-            self.wake(id, Wake::Ended(of(id)));
+            woken.join(self.wake(id, Wake::Ended(of(id))));
         }
+        woken
     }
 }
 
 impl<T> FaultTable<T> {
     /// No faults, for `rings` rings. What happens is told to `log`.
-    pub fn new(rings: u16, log: Arc<EventLog>, injector: Arc<Injector>) -> Self {
+    pub fn new(rings: u16, log: Arc<EventLog>, statistics: Arc<Statistics>, injector: Arc<Injector>) -> Self {
         let slots = vec![Slot::Free; rings.into()];
         let state = State {
             last_id: 0,
@@ -158,15 +188,15 @@ impl<T> FaultTable<T> {
         };
         Self {
             state: Mutex::new(state),
-            woken: Condvar::new(),
             log,
+            statistics,
             injector,
         }
     }
 
     /// Stalls a ring. If the access was the retry of another fault, that is reported too, afterwards.
     ///
-    /// An error is what [`FaultTable::wait`] would have said.
+    /// An error is what [`FaultTable::poll`] would have said.
     pub fn stall(
         &self,
         origin: Origin<'_>,
@@ -189,7 +219,10 @@ impl<T> FaultTable<T> {
             return Err(Wake::Abandoned);
         }
         // Under the lock: whoever ends a context says so in it first, and then comes here to wake.
-        origin.context.check().map_err(Wake::Ended)?;
+        origin
+            .context
+            .check(origin.ring, origin.position)
+            .map_err(Wake::Ended)?;
         let context = origin.context.id();
         let page = fault.va & !(PAGE_SIZE - 1);
         let same = |other: &&Fault<T>| {
@@ -199,8 +232,12 @@ impl<T> FaultTable<T> {
                 && matches!(other.stage, Stage::Active)
         };
         let id = match state.faults.iter().find(same) {
-            Some(known) => known.id,
+            Some(known) => {
+                self.statistics.faults_joined.count();
+                known.id
+            }
             None => {
+                self.statistics.faults.count();
                 state.last_id = state.last_id.wrapping_add(1);
                 let id = state.last_id;
                 state.faults.push(Fault {
@@ -208,20 +245,26 @@ impl<T> FaultTable<T> {
                     context,
                     page,
                     lacking: fault.lacking,
+                    reason: fault.reason,
                     stage: Stage::Active,
                 });
+                let record = EventRecord {
+                    kind: EVENT_FAULT,
+                    ring: origin.ring,
+                    context,
+                    va: fault.va,
+                    fault: id,
+                    sequence: origin.sequence,
+                    access: fault.access,
+                    reason: fault.reason,
+                    length: fault.length,
+                    ..EventRecord::default()
+                };
                 if !self.injector.strikes(Defect::LostFault) {
-                    self.log.push(EventRecord {
-                        kind: EVENT_FAULT,
-                        ring: origin.ring,
-                        context,
-                        va: fault.va,
-                        fault: id,
-                        sequence: origin.sequence,
-                        access: fault.access,
-                        reason: fault.reason,
-                        ..EventRecord::default()
-                    });
+                    self.log.push(record);
+                }
+                if self.injector.strikes(Defect::DuplicateFault) {
+                    self.log.push(record);
                 }
                 id
             }
@@ -233,27 +276,47 @@ impl<T> FaultTable<T> {
         Ok(())
     }
 
-    /// Waits until the stall of `ring` ends.
-    pub fn wait(&self, ring: u16) -> Wake {
+    /// How the stall of `ring` ended, if it has.
+    pub fn poll(&self, ring: u16) -> Option<Wake> {
         let mut state = self.state.lock();
-        loop {
-            match state.slots.get_mut(usize::from(ring)) {
-                Some(Slot::Stalled(_)) => {}
-                Some(slot) => {
-                    return match std::mem::replace(slot, Slot::Free) {
-                        Slot::Woken(wake) => wake,
-                        Slot::Free | Slot::Stalled(_) => Wake::Abandoned,
-                    };
-                }
-                None => return Wake::Abandoned,
-            }
-            self.woken.wait(&mut state);
+        match state.slots.get_mut(usize::from(ring)) {
+            Some(Slot::Stalled(_)) => None,
+            Some(slot) => match std::mem::replace(slot, Slot::Free) {
+                Slot::Woken(wake) => Some(wake),
+                Slot::Free | Slot::Stalled(_) => Some(Wake::Abandoned),
+            },
+            None => Some(Wake::Abandoned),
         }
+    }
+
+    /// All faults, and what each ring is stalled on, if it is.
+    pub fn look(&self) -> (Vec<FaultState>, Vec<Option<Activity>>) {
+        let state = self.state.lock();
+        let describe = |fault: &Fault<T>| FaultState {
+            fault: fault.id,
+            context: fault.context,
+            va: fault.page,
+            reason: fault.reason,
+            stalled: state.stalled_on(fault.id),
+            replaying: matches!(fault.stage, Stage::Replaying { .. }),
+        };
+        let faults: Vec<_> = state.faults.iter().map(describe).collect();
+        let stalled = |slot: &Slot| {
+            let Slot::Stalled(id) = slot else { return None };
+            let fault = faults.iter().find(|fault| fault.fault == *id)?;
+            Some(Activity::Stalled {
+                fault: *id,
+                va: fault.va,
+                reason: fault.reason,
+            })
+        };
+        let rings = state.slots.iter().map(stalled).collect();
+        (faults, rings)
     }
 
     /// REPLAY: wakes who is stalled on a fault. The ticket comes back when they have all reported, or
     /// at once if there is no such fault.
-    pub fn replay(&self, context: u32, id: u64, ticket: T) -> Result<(), (T, Error)> {
+    pub fn replay(&self, context: u32, id: u64, ticket: T) -> Result<Rings, (T, Error)> {
         let mut state = self.state.lock();
         let waiting = state.stalled_on(id);
         let found = state
@@ -269,13 +332,13 @@ impl<T> FaultTable<T> {
             through: 0,
         };
         self.log.forget_fault(id);
-        state.wake(id, Wake::Retry(id));
-        self.woken.notify_all();
-        Ok(())
+        self.statistics.replays.count();
+        Ok(state.wake(id, Wake::Retry(id)))
     }
 
     /// Reports how the retry of a waiter went.
     pub fn report(&self, id: u64, got_through: bool) -> Option<Replayed<T>> {
+        self.statistics.replays_through.add(got_through.into());
         self.state.lock().report(id, got_through)
     }
 
@@ -286,7 +349,7 @@ impl<T> FaultTable<T> {
     }
 
     /// CANCEL: puts the context into error and ends its stalls.
-    pub fn cancel(&self, context: &Context, id: u64) -> Result<(), Error> {
+    pub fn cancel(&self, context: &Context, id: u64) -> Result<Rings, Error> {
         let mut state = self.state.lock();
         let known = state.faults.iter().any(|fault| {
             fault.id == id && fault.context == context.id() && matches!(fault.stage, Stage::Active)
@@ -303,7 +366,9 @@ impl<T> FaultTable<T> {
             .iter()
             .find(|fault| fault.id == id)
             .map_or(0, |fault| fault.page);
-        if context.fail() {
+        self.statistics.cancels.count();
+        if context.fail(Error::FaultCancelled) {
+            self.statistics.context_errors.count();
             self.log.push(EventRecord {
                 kind: EVENT_CONTEXT_ERROR,
                 ring: ring.unwrap_or(0) as u16,
@@ -314,23 +379,22 @@ impl<T> FaultTable<T> {
                 ..EventRecord::default()
             });
         }
-        state.end(context.id(), &self.log, |fault| {
+        Ok(state.end(context.id(), &self.log, |fault| {
             if fault == id {
                 Error::FaultCancelled
             } else {
                 Error::ContextError
             }
-        });
-        self.woken.notify_all();
-        Ok(())
+        }))
     }
 
     /// Puts the context into error because of something else than a fault.
-    pub fn fail(&self, origin: Origin<'_>, va: u64, error: Error) {
+    pub fn fail(&self, origin: Origin<'_>, va: u64, error: Error) -> Rings {
         let mut state = self.state.lock();
-        if !origin.context.fail() {
-            return;
+        if !origin.context.fail(error) {
+            return Rings::default();
         }
+        self.statistics.context_errors.count();
         self.log.push(EventRecord {
             kind: EVENT_CONTEXT_ERROR,
             ring: origin.ring,
@@ -340,34 +404,46 @@ impl<T> FaultTable<T> {
             status: error.code(),
             ..EventRecord::default()
         });
-        state.end(origin.context.id(), &self.log, |_| Error::ContextError);
-        self.woken.notify_all();
+        state.end(origin.context.id(), &self.log, |_| Error::ContextError)
     }
 
-    /// Ends the stalls of a context that has been destroyed, and forgets its events.
-    pub fn end_context(&self, context: u32) {
+    /// Ends the stalls of a context with `error`, and forgets its events.
+    pub fn end_context(&self, context: u32, error: Error) -> Rings {
         let mut state = self.state.lock();
-        state.end(context, &self.log, |_| Error::NoContext);
         self.log.forget_context(context);
-        self.woken.notify_all();
+        state.end(context, &self.log, |_| error)
+    }
+
+    /// Ends all stalls with `error`, and forgets all events.
+    pub fn end_all(&self, error: Error) -> Rings {
+        let mut state = self.state.lock();
+        self.log.clear();
+        let contexts: Vec<u32> = state.faults.iter().map(|fault| fault.context).collect();
+        let mut woken = Rings::default();
+        for context in contexts {
+            woken.join(state.end(context, &self.log, |_| error));
+        }
+        woken
     }
 
     /// Forgets everything and ends every stall. Fault numbers go on where they were.
-    pub fn abandon(&self) {
+    pub fn abandon(&self) -> Rings {
         let mut state = self.state.lock();
         state.faults.clear();
         self.log.clear();
-        for slot in &mut state.slots {
+        let mut woken = Rings::default();
+        for (ring, slot) in state.slots.iter_mut().enumerate() {
             if matches!(slot, Slot::Stalled(_)) {
                 *slot = Slot::Woken(Wake::Abandoned);
+                woken.add(ring);
             }
         }
-        self.woken.notify_all();
+        woken
     }
 
     /// [`FaultTable::abandon`], and no stall any more.
-    pub fn close(&self) {
+    pub fn close(&self) -> Rings {
         self.state.lock().closed = true;
-        self.abandon();
+        self.abandon()
     }
 }

@@ -6,17 +6,22 @@
 //! | file | subject |
 //! |---|---|
 //! | `command.rs` | decoding and checking of submissions |
+//! | `operation.rs` | what ATOMICs do, and semaphores ask |
 //! | `request.rs` | decoding and checking of requests |
 //! | `context.rs` | contexts |
 //! | `page_table.rs`, `tlb.rs` | translation |
 //! | `gate.rs` | the invalidation promise |
-//! | `execute.rs` | commands, chunk by chunk |
-//! | `engine.rs` | the thread of a ring |
+//! | `access.rs` | how commands reach memory |
+//! | `execute.rs` | commands, step by step |
+//! | `engine.rs`, `lane.rs`, `share.rs` | the threads that serve the rings |
+//! | `timeline.rs`, `clock.rs`, `bus.rs` | how far rings are, the time, how slow the bus is |
 //! | `fault.rs`, `event.rs` | faults, and how the driver hears of them |
+//! | `counters.rs` | how often which memory is accessed |
 //! | `memory.rs`, `vram.rs` | what translations lead to |
+//! | `inject.rs`, `statistics.rs`, `state.rs` | deliberate defects; what has happened, and how things are |
 //!
-//! Lock order: gate, then page table; fault table, then event log. Nothing else is nested, and the
-//! [`Host`] is called with none of them held.
+//! Lock order: gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
+//! then event log; counters, then event log. Nothing else is nested, and the [`Host`] is called with none of them held.
 
 #![deny(
     clippy::unwrap_used,
@@ -37,42 +42,59 @@
     )
 )]
 
+pub mod access;
+pub mod bus;
+pub mod clock;
 pub mod command;
 pub mod context;
+pub mod counters;
 mod engine;
 pub mod event;
 pub mod execute;
 pub mod fault;
 pub mod gate;
 pub mod inject;
+mod lane;
 pub mod memory;
+pub mod operation;
 pub mod page_table;
 pub mod request;
+mod share;
+pub mod state;
 pub mod statistics;
 pub mod status;
 #[cfg(test)]
 mod tests;
+pub mod timeline;
 pub mod tlb;
 pub mod vram;
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pinion_abi as abi;
 
+use bus::Bus;
+use clock::Clock;
 use context::Contexts;
+use counters::Counters;
 use engine::{Engine, Worker};
 use event::EventLog;
-use fault::FaultTable;
+use fault::{FaultTable, Rings};
 use inject::{Defect, Injector};
 use memory::SystemMemory;
 use page_table::{Budget, MAX_NODES};
-use request::{Invalidate, Request};
+use request::{Invalidate, Query, Request};
+use state::{ContextState, DeviceState, RingState, State};
+use statistics::Statistics;
 use status::Error;
+use timeline::Timelines;
 use vram::Vram;
+
+use crate::rate_limit::{RateLimit, warn_limited};
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -143,12 +165,135 @@ pub trait Host: Send + Sync + 'static {
 /// What requests, engines and their owner share.
 struct Shared<H: Host> {
     host: Arc<H>,
+    log: Arc<EventLog>,
     contexts: Contexts,
+    counters: Counters,
     vram: Vram,
     faults: FaultTable<H::Ticket>,
+    timelines: Timelines,
     engines: Vec<Engine>,
-    ending: AtomicBool,
+    /// What each ring is doing: the number of a [`lane::State`]. Only to be looked at.
+    activities: Vec<AtomicU8>,
+    /// For each ring, the position of the first submission behind the last reset of the device.
+    reset: Vec<AtomicU64>,
+    clock: Clock,
+    bus: Bus,
+    watchdog: Option<Duration>,
+    statistics: Arc<Statistics>,
     injector: Arc<Injector>,
+    /// For each kind of mistake that is logged.
+    complaints: [RateLimit; 5],
+    ending: AtomicBool,
+}
+
+impl<H: Host> Shared<H> {
+    /// The number of the engine that serves a ring.
+    fn engine_of(&self, ring: u16) -> usize {
+        usize::from(ring).checked_rem(self.engines.len()).unwrap_or(0)
+    }
+
+    /// Tells an engine that there is something new about a ring.
+    fn ring(&self, ring: u16) {
+        if let Some(engine) = self.engines.get(self.engine_of(ring)) {
+            engine.ring(ring);
+        }
+    }
+
+    /// Wakes the engines of rings whose stall has ended.
+    fn wake(&self, rings: Rings) {
+        for ring in rings.iter() {
+            self.ring(ring);
+        }
+    }
+
+    /// Has all engines look again at what their rings wait for.
+    fn poke(&self) {
+        for engine in &self.engines {
+            engine.poke();
+        }
+    }
+
+    /// Like [`Shared::poke`], if a ring waits for a number. (One that is just about to will look by itself soon.)
+    fn poke_waiting(&self) {
+        for (ring, activity) in self.activities.iter().enumerate() {
+            if activity.load(Ordering::Relaxed) == lane::WAITING {
+                if let Some(engine) = self.engines.get(self.engine_of(ring as u16)) {
+                    engine.poke();
+                }
+            }
+        }
+    }
+
+    /// Says what a ring is doing.
+    fn publish(&self, ring: u16, state: lane::State) {
+        if let Some(place) = self.activities.get(usize::from(ring)) {
+            place.store(state.number(), Ordering::Relaxed);
+        }
+    }
+
+    /// Counts and logs an error: once in a while those that only a mistake leads to, the others when somebody debugs.
+    fn refused(&self, what: &str, error: Error) {
+        self.statistics.status(error).count();
+        let mistake = match error {
+            Error::Invalid => 0,
+            Error::Unsupported => 1,
+            Error::BadAddress => 2,
+            Error::Bus => 3,
+            Error::Limit => 4,
+            _ => {
+                log::debug!("{what}: {error}");
+                return;
+            }
+        };
+        if let Some(limit) = self.complaints.get(mistake) {
+            warn_limited!(limit = *limit; "{what} of the driver was refused: {error}");
+        }
+    }
+
+    /// The position that the next submission of each ring will have.
+    fn positions(&self) -> Vec<u64> {
+        (0..self.timelines.len())
+            .map(|ring| self.host.position(ring))
+            .collect()
+    }
+
+    /// Why a submission has no context.
+    fn without_context(&self, ring: u16, position: u64) -> Error {
+        let reset = self.reset.get(usize::from(ring));
+        if reset.is_some_and(|first| position < first.load(Ordering::Acquire)) {
+            Error::Reset
+        } else {
+            Error::NoContext
+        }
+    }
+
+    /// Ends all contexts and their work, and clears VRAM.
+    fn reset_device(&self) {
+        for (first, position) in self.reset.iter().zip(self.positions()) {
+            first.fetch_max(position, Ordering::AcqRel);
+        }
+        self.contexts.remove_all();
+        let woken = self.faults.end_all(Error::Reset);
+        self.counters.clear();
+        for engine in &self.engines {
+            engine.gate.with(|inside| inside.tlb.clear());
+            engine.gate.notify();
+        }
+        self.vram.clear();
+        self.statistics.resets.count();
+        self.wake(woken);
+        self.poke();
+    }
+
+    /// A deliberate defect: the device resets itself.
+    fn reset_itself(&self) {
+        self.reset_device();
+        self.log.push(abi::EventRecord {
+            kind: abi::EVENT_DEVICE_RESET,
+            ..abi::EventRecord::default()
+        });
+        self.host.events();
+    }
 }
 
 /// Answer to a request.
@@ -178,33 +323,43 @@ pub struct Gpu<H: Host> {
 }
 
 impl<H: Host> Gpu<H> {
-    /// Makes a device, with an engine thread for each ring.
+    /// Makes a device and starts its engines.
     pub fn start(
         settings: &Settings,
         host: Arc<H>,
         log: Arc<EventLog>,
         injector: Arc<Injector>,
     ) -> Result<Self, StartError> {
+        let rings = settings.rings.min(abi::MAX_RINGS);
+        let engines = settings.engines.clamp(1, rings.max(1));
+        let statistics = Arc::new(Statistics::default());
         let shared = Arc::new(Shared {
             host,
+            log: log.clone(),
             contexts: Contexts::new(Budget::new(MAX_NODES)),
+            counters: Counters::default(),
             vram: Vram::new(settings.vram)?,
-            faults: FaultTable::new(settings.rings, log, injector.clone()),
-            engines: (0..settings.rings).map(|_| Engine::default()).collect(),
-            ending: AtomicBool::new(false),
+            faults: FaultTable::new(rings, log, statistics.clone(), injector.clone()),
+            timelines: Timelines::new(rings),
+            engines: (0..engines).map(|_| Engine::default()).collect(),
+            activities: (0..rings).map(|_| AtomicU8::new(0)).collect(),
+            reset: (0..rings).map(|_| AtomicU64::new(0)).collect(),
+            clock: Clock::default(),
+            bus: Bus::new(settings.latency, settings.bandwidth),
+            watchdog: settings.watchdog,
+            statistics,
             injector,
+            complaints: Default::default(),
+            ending: AtomicBool::new(false),
         });
         let mut gpu = Self {
             shared,
             workers: Vec::new(),
         };
-        for ring in 0..settings.rings {
-            let worker = Worker {
-                shared: gpu.shared.clone(),
-                ring,
-            };
+        for engine in 0..engines {
+            let worker = Worker::new(gpu.shared.clone(), engine.into());
             let thread = std::thread::Builder::new()
-                .name(format!("engine{ring}"))
+                .name(format!("engine{engine}"))
                 .spawn(move || worker.run())
                 .map_err(StartError::Thread)?;
             gpu.workers.push(thread);
@@ -214,10 +369,15 @@ impl<H: Host> Gpu<H> {
 
     /// Configuration space of a device with these settings.
     pub fn config(settings: &Settings) -> abi::Config {
+        let features = if settings.aperture > 0 {
+            abi::FEATURE_APERTURE
+        } else {
+            0
+        };
         abi::Config {
             magic: abi::MAGIC,
             version: abi::VERSION,
-            features: 0,
+            features,
             vram_size: settings.vram,
             max_contexts: context::MAX_CONTEXTS,
             max_batch: command::MAX_BATCH,
@@ -226,8 +386,8 @@ impl<H: Host> Gpu<H> {
             va_bits: abi::VA_BITS,
             page_shift: abi::PAGE_SHIFT,
             aperture_size: settings.aperture,
-            max_counters: 0,
-            num_engines: settings.rings,
+            max_counters: counters::MAX_COUNTERS,
+            num_engines: settings.engines,
             large_page_shift: abi::LARGE_PAGE_SHIFT,
             reserved0: 0,
             reserved: 0,
@@ -236,92 +396,165 @@ impl<H: Host> Gpu<H> {
 
     /// A submission may have come in.
     pub fn doorbell(&self, ring: u16) {
-        if let Some(engine) = self.shared.engines.get(usize::from(ring)) {
-            engine.ring();
-        }
+        self.shared.ring(ring);
     }
 
     /// Carries out a request of the control queue.
     pub fn control(&self, request: &[u8], ticket: H::Ticket) -> Answer<H::Ticket> {
+        self.shared.statistics.requests.count();
         let result = match Request::decode(request) {
             Ok(Request::Replay { context, fault }) => {
-                return match self.shared.faults.replay(context, fault, ticket) {
-                    Ok(()) => Answer::Later,
-                    Err((ticket, error)) => Answer::Now(ticket, response(&Err(error))),
-                };
+                match self.shared.faults.replay(context, fault, ticket) {
+                    Ok(woken) => {
+                        self.shared.wake(woken);
+                        return Answer::Later;
+                    }
+                    Err((ticket, error)) => return Answer::Now(ticket, self.response(Err(error))),
+                }
             }
             Ok(request) => self.carry_out(request),
             Err(error) => Err(error),
         };
-        if let Err(error) = result {
-            log::debug!("request refused: {error}");
-        }
-        Answer::Now(ticket, response(&result))
+        Answer::Now(ticket, self.response(result))
     }
 
-    fn carry_out(&self, request: Request) -> Result<(), Error> {
+    fn response(&self, result: Result<u64, Error>) -> abi::Response {
+        if let Err(error) = &result {
+            self.shared.statistics.requests_refused.count();
+            self.shared.refused("a request", *error);
+        }
+        abi::Response {
+            status: status::code(&result),
+            reserved: 0,
+            value: result.unwrap_or(0),
+        }
+    }
+
+    fn carry_out(&self, request: Request) -> Result<u64, Error> {
         let shared = &*self.shared;
         match request {
             // REPLAY is answered elsewhere.
-            Request::Ping | Request::Replay { .. } => Ok(()),
-            Request::Create { context } => {
-                let rings = 0..shared.engines.len() as u16;
-                let born = rings.map(|ring| shared.host.position(ring)).collect();
-                shared.contexts.create(context, born)
-            }
-            Request::Destroy { context } => self.destroy(context),
-            Request::Map { context, va, entries } => {
-                shared.contexts.get(context)?.table.write().write(va, &entries)
+            Request::Ping | Request::Replay { .. } => {}
+            Request::Create { context } => shared.contexts.create(context, shared.positions())?,
+            Request::Destroy { context } => self.destroy(context)?,
+            Request::ContextReset { context } => self.reset_context(context)?,
+            Request::DeviceReset => shared.reset_device(),
+            Request::Map {
+                context,
+                va,
+                entries,
+                large,
+            } => {
+                let context = shared.contexts.get(context)?;
+                let garbage = context.table.write().write(va, &entries, large)?;
+                shared.statistics.entries_written.add(entries.len() as u64);
+                drop(garbage);
             }
             Request::Cancel { context, fault } => {
-                shared
-                    .faults
-                    .cancel(&*shared.contexts.get(context).map_err(|_| Error::NoFault)?, fault)?;
-                for engine in &shared.engines {
-                    engine.gate.notify();
-                }
+                let context = shared.contexts.get(context).map_err(|_| Error::NoFault)?;
+                let woken = shared.faults.cancel(&context, fault)?;
+                self.interrupt(woken);
                 shared.host.events();
-                Ok(())
+            }
+            Request::Query(query) => return self.query(query),
+            Request::Count(request) => {
+                let context = shared.contexts.get(request.context)?;
+                let any = shared.counters.set(&request)?;
+                context.set_counting(any);
             }
         }
+        Ok(0)
+    }
+
+    fn query(&self, query: Query) -> Result<u64, Error> {
+        let shared = &*self.shared;
+        Ok(match query {
+            Query::Time => shared.clock.now(),
+            Query::Timeline { ring } if ring < shared.timelines.len() => shared.timelines.get(ring),
+            Query::Timeline { .. } => return Err(Error::Invalid),
+            Query::Context { context } => shared.contexts.get(context)?.status().into(),
+            Query::Entry { context, va } => {
+                let found = shared.contexts.get(context)?.table.read().get(va);
+                found.map_or(0, |found| {
+                    let large = found.shift == abi::LARGE_PAGE_SHIFT;
+                    found.pte | u64::from(large).wrapping_shl(63)
+                })
+            }
+            Query::Count { context, va } => {
+                shared.contexts.get(context)?;
+                shared.counters.get(context, va)
+            }
+        })
+    }
+
+    /// Has engines look at once at work that was ended, wherever it is.
+    fn interrupt(&self, woken: Rings) {
+        for engine in &self.shared.engines {
+            engine.gate.notify();
+        }
+        self.shared.wake(woken);
+        self.shared.poke();
     }
 
     fn destroy(&self, id: u32) -> Result<(), Error> {
         let shared = &*self.shared;
         let context = shared.contexts.remove(id)?;
-        shared.faults.end_context(id);
+        shared.counters.forget(id);
+        let woken = shared.faults.end_context(id, Error::NoContext);
         for engine in &shared.engines {
             engine.gate.with(|inside| inside.tlb.invalidate_context(id));
-            engine.gate.notify();
         }
+        self.interrupt(woken);
         // An engine may hold the context a little longer; what is in it goes now.
         let garbage = context.table.write().clear(0, abi::VA_END);
         drop(garbage);
         Ok(())
     }
 
-    /// Carries out a request of the invalidation queue.
-    pub fn invalidate(&self, request: &[u8]) -> abi::Response {
-        response(&Invalidate::decode(request).and_then(|request| self.invalidate_range(&request)))
+    fn reset_context(&self, id: u32) -> Result<(), Error> {
+        let shared = &*self.shared;
+        shared.contexts.reset(id, &shared.positions())?;
+        let woken = shared.faults.end_context(id, Error::Reset);
+        // Through all gates once: what was in flight has ended.
+        self.interrupt(woken);
+        Ok(())
     }
 
-    fn invalidate_range(&self, request: &Invalidate) -> Result<(), Error> {
-        let Invalidate {
-            context,
-            va,
-            end,
-            clear,
-        } = *request;
-        let found = self.shared.contexts.get(context)?;
-        if self.shared.injector.strikes(Defect::StaleTlb) {
-            return Ok(());
-        }
-        if clear {
-            let garbage = found.table.write().clear(va, end);
-            drop(garbage);
-        }
-        for engine in &self.shared.engines {
-            engine.gate.with(|inside| inside.tlb.invalidate(context, va, end));
+    /// Carries out a request of the invalidation queue.
+    pub fn invalidate(&self, request: &[u8]) -> abi::Response {
+        self.shared.statistics.invalidations.count();
+        let result = Invalidate::decode(request).and_then(|request| self.invalidate_range(request));
+        self.response(result.map(|()| 0))
+    }
+
+    fn invalidate_range(&self, request: Invalidate) -> Result<(), Error> {
+        let shared = &*self.shared;
+        match request {
+            Invalidate::Everything => {
+                if !shared.injector.strikes(Defect::StaleTlb) {
+                    for engine in &shared.engines {
+                        engine.gate.with(|inside| inside.tlb.clear());
+                    }
+                }
+            }
+            Invalidate::Range {
+                context,
+                va,
+                end,
+                clear,
+            } => {
+                let found = shared.contexts.get(context)?;
+                if shared.injector.strikes(Defect::StaleTlb) {
+                    return Ok(());
+                }
+                if clear {
+                    let garbage = found.table.write().clear(va, end);
+                    drop(garbage);
+                }
+                for engine in &shared.engines {
+                    engine.gate.with(|inside| inside.tlb.invalidate(context, va, end));
+                }
+            }
         }
         Ok(())
     }
@@ -345,7 +578,9 @@ impl<H: Host> Gpu<H> {
         for engine in &self.shared.engines {
             engine.gate.with(|inside| inside.paused = false);
             engine.gate.notify();
-            engine.ring();
+        }
+        for ring in 0..self.shared.timelines.len() {
+            self.shared.ring(ring);
         }
     }
 
@@ -353,18 +588,55 @@ impl<H: Host> Gpu<H> {
     /// come back to a host that has to know them as old.
     pub fn reset(&self) {
         let shared = &*self.shared;
-        shared.contexts.remove_all();
-        shared.faults.abandon();
-        for engine in &shared.engines {
-            engine.gate.with(|inside| inside.tlb.clear());
-            engine.gate.notify();
-        }
-        shared.vram.clear();
+        let woken = shared.faults.abandon();
+        shared.reset_device();
+        self.interrupt(woken);
     }
 
     /// VRAM.
     pub fn vram(&self) -> &Vram {
         &self.shared.vram
+    }
+
+    /// What the device has done so far.
+    pub fn statistics(&self) -> &Arc<Statistics> {
+        &self.shared.statistics
+    }
+
+    /// How things are.
+    pub fn state(&self) -> State {
+        let shared = &*self.shared;
+        let contexts = shared.contexts.list();
+        let contexts = contexts.iter().map(|context| ContextState {
+            id: context.id(),
+            status: context.status(),
+            page_table_nodes: context.table.read().nodes(),
+        });
+        let (faults, stalled) = shared.faults.look();
+        let numbers = shared
+            .activities
+            .iter()
+            .map(|number| number.load(Ordering::Relaxed));
+        let rings = (0..)
+            .zip(numbers.zip(stalled))
+            .map(|(ring, (number, stalled))| RingState {
+                ring,
+                engine: shared.engine_of(ring) as u16,
+                timeline: shared.timelines.get(ring),
+                submitted: shared.host.position(ring),
+                activity: lane::activity(number, stalled),
+            });
+        State {
+            device: DeviceState {
+                vram_size: shared.vram.size(),
+                vram_used: shared.vram.used(),
+                time: shared.clock.now(),
+            },
+            contexts: contexts.collect(),
+            rings: rings.collect(),
+            faults,
+            pending_events: shared.log.len(),
+        }
     }
 }
 
@@ -372,22 +644,12 @@ impl<H: Host> Drop for Gpu<H> {
     fn drop(&mut self) {
         let shared = &*self.shared;
         shared.ending.store(true, Ordering::Relaxed);
-        shared.faults.close();
-        for engine in &shared.engines {
-            engine.gate.notify();
-            engine.ring();
-        }
+        let woken = shared.faults.close();
+        self.interrupt(woken);
         for worker in self.workers.drain(..) {
             if worker.join().is_err() {
                 log::error!("an engine thread panicked");
             }
         }
-    }
-}
-
-fn response(result: &Result<(), Error>) -> abi::Response {
-    abi::Response {
-        status: status::code(result),
-        ..abi::Response::default()
     }
 }

@@ -24,10 +24,15 @@ pub enum Request {
     Destroy {
         context: u32,
     },
+    ContextReset {
+        context: u32,
+    },
+    DeviceReset,
     Map {
         context: u32,
         va: u64,
         entries: Vec<u64>,
+        large: bool,
     },
     Replay {
         context: u32,
@@ -37,19 +42,52 @@ pub enum Request {
         context: u32,
         fault: u64,
     },
+    Query(Query),
+    Count(Count),
 }
 
-/// A request of the invalidation queue.
+/// A number that is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Invalidate {
-    /// The context.
+#[allow(missing_docs, reason = "each is the abi::QUERY_* of the same name")]
+pub enum Query {
+    Time,
+    Timeline { ring: u16 },
+    Context { context: u32 },
+    Entry { context: u32, va: u64 },
+    Count { context: u32, va: u64 },
+}
+
+/// Which accesses are to be counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// Of which context.
     pub context: u32,
     /// Start of the range.
     pub va: u64,
     /// First address behind it.
     pub end: u64,
-    /// Whether to clear the page table there first.
-    pub clear: bool,
+    /// When the driver is told; zero ends the counting.
+    pub threshold: u64,
+    /// `abi::COUNT_*`.
+    pub targets: u32,
+}
+
+/// A request of the invalidation queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Invalidate {
+    /// Forget a range of a context.
+    Range {
+        /// The context.
+        context: u32,
+        /// Start of the range.
+        va: u64,
+        /// First address behind it.
+        end: u64,
+        /// Whether to clear the page table there first.
+        clear: bool,
+    },
+    /// Forget everything.
+    Everything,
 }
 
 fn header(bytes: &[u8]) -> Result<abi::RequestHeader, Error> {
@@ -75,15 +113,23 @@ impl Request {
             context,
         } = header(bytes)?;
         match opcode {
-            abi::REQUEST_PING | abi::REQUEST_CONTEXT_CREATE | abi::REQUEST_CONTEXT_DESTROY => {
+            abi::REQUEST_PING
+            | abi::REQUEST_CONTEXT_CREATE
+            | abi::REQUEST_CONTEXT_DESTROY
+            | abi::REQUEST_CONTEXT_RESET
+            | abi::REQUEST_DEVICE_RESET => {
                 exactly::<abi::RequestHeader>(bytes)?;
                 ensure(flags == 0)?;
                 match opcode {
                     abi::REQUEST_PING => ensure(context == 0).map(|()| Self::Ping),
+                    abi::REQUEST_DEVICE_RESET => ensure(context == 0).map(|()| Self::DeviceReset),
                     abi::REQUEST_CONTEXT_CREATE => Ok(Self::Create { context }),
+                    abi::REQUEST_CONTEXT_RESET => Ok(Self::ContextReset { context }),
                     _ => Ok(Self::Destroy { context }),
                 }
             }
+            abi::REQUEST_QUERY => Self::decode_query(bytes),
+            abi::REQUEST_COUNT => Self::decode_count(bytes),
             abi::REQUEST_MAP => Self::decode_map(bytes),
             abi::REQUEST_REPLAY | abi::REQUEST_CANCEL => {
                 let abi::FaultRequest { fault, .. } = exactly(bytes)?;
@@ -100,7 +146,7 @@ impl Request {
 
     fn decode_map(bytes: &[u8]) -> Result<Self, Error> {
         let (map, rest) = abi::MapRequest::read_from_prefix(bytes).map_err(|_| Error::Invalid)?;
-        ensure(map.header.flags == 0 && map.reserved == 0)?;
+        ensure(map.header.flags & !abi::MAP_LARGE == 0 && map.reserved == 0)?;
         ensure((1..=MAX_MAP_ENTRIES).contains(&map.count))?;
         ensure(rest.len() == size_of::<u64>().saturating_mul(map.count as usize))?;
         let entries = rest
@@ -111,7 +157,59 @@ impl Request {
             context: map.header.context,
             va: map.va,
             entries,
+            large: map.header.flags & abi::MAP_LARGE != 0,
         })
+    }
+
+    fn decode_query(bytes: &[u8]) -> Result<Self, Error> {
+        let abi::QueryRequest {
+            header,
+            what,
+            index,
+            va,
+        } = exactly(bytes)?;
+        ensure(header.flags == 0)?;
+        let context = header.context;
+        // Field by field: what a query does not use is zero.
+        let only = |index_used: bool, context_used: bool, va_used: bool| {
+            ensure((index_used || index == 0) && (context_used || context == 0) && (va_used || va == 0))
+        };
+        let query = match what {
+            abi::QUERY_TIME => only(false, false, false).map(|()| Query::Time),
+            abi::QUERY_TIMELINE => {
+                only(true, false, false)?;
+                let ring = u16::try_from(index).map_err(|_| Error::Invalid)?;
+                Ok(Query::Timeline { ring })
+            }
+            abi::QUERY_CONTEXT => only(false, true, false).map(|()| Query::Context { context }),
+            abi::QUERY_ENTRY => only(false, true, true).map(|()| Query::Entry { context, va }),
+            abi::QUERY_COUNT => only(false, true, true).map(|()| Query::Count { context, va }),
+            _ => Err(Error::Unsupported),
+        };
+        query.map(Self::Query)
+    }
+
+    fn decode_count(bytes: &[u8]) -> Result<Self, Error> {
+        let abi::CountRequest {
+            header,
+            va,
+            length,
+            threshold,
+            targets,
+            reserved,
+        } = exactly(bytes)?;
+        ensure(header.flags == 0 && reserved == 0)?;
+        ensure(targets & !(abi::COUNT_SYSTEM | abi::COUNT_VRAM) == 0)?;
+        ensure((threshold == 0) == (targets == 0))?;
+        ensure((va | length) & (abi::LARGE_PAGE_SIZE - 1) == 0)?;
+        let end = check_range(va, length)?;
+        Ok(Self::Count(Count {
+            context: header.context,
+            va,
+            end,
+            threshold,
+            targets,
+        }))
     }
 }
 
@@ -127,9 +225,13 @@ impl Invalidate {
             return Err(Error::Unsupported);
         }
         let abi::InvalidateRequest { va, length, .. } = exactly(bytes)?;
+        if flags == abi::INVALIDATE_EVERYTHING {
+            ensure(context == 0 && va == 0 && length == 0)?;
+            return Ok(Self::Everything);
+        }
         ensure(flags & !abi::INVALIDATE_CLEAR == 0)?;
         let end = check_range(va, length)?;
-        Ok(Self {
+        Ok(Self::Range {
             context,
             va,
             end,
@@ -171,7 +273,8 @@ mod tests {
             Request::Map {
                 context: 4,
                 va: 0x1000,
-                entries: vec![7, 8]
+                entries: vec![7, 8],
+                large: false
             }
         );
     }
@@ -239,14 +342,25 @@ mod tests {
         let good = request(abi::REQUEST_INVALIDATE, 1, 0, abi::VA_END).unwrap();
         assert_eq!(
             good,
-            Invalidate {
+            Invalidate::Range {
                 context: 1,
                 va: 0,
                 end: abi::VA_END,
                 clear: true
             }
         );
+        assert_eq!(request(abi::REQUEST_INVALIDATE, 4, 0, 0), Err(Error::Invalid));
+        // Everything is of no context.
         assert_eq!(request(abi::REQUEST_INVALIDATE, 2, 0, 0), Err(Error::Invalid));
+        let everything = abi::InvalidateRequest {
+            header: head(abi::REQUEST_INVALIDATE, abi::INVALIDATE_EVERYTHING, 0),
+            va: 0,
+            length: 0,
+        };
+        assert_eq!(
+            Invalidate::decode(everything.as_bytes()),
+            Ok(Invalidate::Everything)
+        );
         assert_eq!(request(abi::REQUEST_INVALIDATE, 0, 1, 0), Err(Error::Invalid));
         assert_eq!(request(abi::REQUEST_INVALIDATE, 0, 0, 1), Err(Error::Invalid));
         assert_eq!(
@@ -258,5 +372,78 @@ mod tests {
             Err(Error::BadAddress)
         );
         assert_eq!(request(abi::REQUEST_MAP, 0, 0, 0), Err(Error::Unsupported));
+    }
+
+    #[test]
+    fn queries() {
+        let query = |what, index, context, va| {
+            let request = abi::QueryRequest {
+                header: head(abi::REQUEST_QUERY, 0, context),
+                what,
+                index,
+                va,
+            };
+            Request::decode(request.as_bytes())
+        };
+        let good = |query| Ok(Request::Query(query));
+        assert_eq!(query(abi::QUERY_TIME, 0, 0, 0), good(Query::Time));
+        assert_eq!(
+            query(abi::QUERY_TIMELINE, 7, 0, 0),
+            good(Query::Timeline { ring: 7 })
+        );
+        assert_eq!(
+            query(abi::QUERY_CONTEXT, 0, 7, 0),
+            good(Query::Context { context: 7 })
+        );
+        assert_eq!(
+            query(abi::QUERY_ENTRY, 0, 7, 5),
+            good(Query::Entry { context: 7, va: 5 })
+        );
+        for (what, index, context, va) in [
+            (abi::QUERY_TIME, 1, 0, 0),
+            (abi::QUERY_TIMELINE, 0x1_0000, 0, 0),
+            (abi::QUERY_TIMELINE, 0, 1, 0),
+            (abi::QUERY_CONTEXT, 0, 0, 1),
+            (abi::QUERY_COUNT, 1, 0, 0),
+        ] {
+            assert_eq!(query(what, index, context, va), Err(Error::Invalid), "{what}");
+        }
+        assert_eq!(query(0, 0, 0, 0), Err(Error::Unsupported));
+        assert_eq!(query(6, 0, 0, 0), Err(Error::Unsupported));
+    }
+
+    #[test]
+    fn counting() {
+        let request = |va, length, threshold, targets| {
+            let request = abi::CountRequest {
+                header: head(abi::REQUEST_COUNT, 0, 3),
+                va,
+                length,
+                threshold,
+                targets,
+                reserved: 0,
+            };
+            Request::decode(request.as_bytes())
+        };
+        let size = abi::LARGE_PAGE_SIZE;
+        let count = Count {
+            context: 3,
+            va: size,
+            end: 3 * size,
+            threshold: 5,
+            targets: 3,
+        };
+        assert_eq!(request(size, 2 * size, 5, 3), Ok(Request::Count(count)));
+        assert!(request(0, abi::VA_END, 0, 0).is_ok());
+        for (va, length, threshold, targets) in [
+            (4096, size, 5, 3),
+            (0, 4096, 5, 3),
+            (0, size, 5, 4),
+            (0, size, 5, 0),
+            (0, size, 0, 1),
+        ] {
+            assert_eq!(request(va, length, threshold, targets), Err(Error::Invalid));
+        }
+        assert_eq!(request(size, abi::VA_END, 5, 3), Err(Error::BadAddress));
     }
 }

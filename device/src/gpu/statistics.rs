@@ -4,6 +4,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::status::Error;
+
 /// A counter.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -91,14 +93,56 @@ statistics! {
     hangs,
     /// PREFETCHes that found something missing.
     prefetches,
-    /// Events that the device dropped, as it may.
-    events_dropped,
     /// Counters of regions that reached their threshold.
     access_counts,
     /// Times that an engine took up a ring's work.
     slices,
     /// Resets of the device.
     resets,
+    /// Requests and submissions that ended with INVALID.
+    status_invalid,
+    /// Requests and submissions that ended with UNSUPPORTED.
+    status_unsupported,
+    /// Requests and submissions that ended with NO_CONTEXT.
+    status_no_context,
+    /// Requests and submissions that ended with CONTEXT_EXISTS.
+    status_context_exists,
+    /// Requests and submissions that ended with LIMIT.
+    status_limit,
+    /// Requests and submissions that ended with BAD_ADDRESS.
+    status_bad_address,
+    /// Requests and submissions that ended with BUS_ERROR.
+    status_bus_error,
+    /// Requests and submissions that ended with CONTEXT_ERROR.
+    status_context_error,
+    /// Requests and submissions that ended with FAULT_CANCELLED.
+    status_fault_cancelled,
+    /// Requests and submissions that ended with NO_FAULT.
+    status_no_fault,
+    /// Requests and submissions that ended with RESET.
+    status_reset,
+    /// Requests and submissions that ended with HUNG.
+    status_hung,
+}
+
+impl Statistics {
+    /// The counter of requests and submissions that ended with `error`.
+    pub fn status(&self, error: Error) -> &Counter {
+        match error {
+            Error::Invalid => &self.status_invalid,
+            Error::Unsupported => &self.status_unsupported,
+            Error::NoContext => &self.status_no_context,
+            Error::ContextExists => &self.status_context_exists,
+            Error::Limit => &self.status_limit,
+            Error::BadAddress => &self.status_bad_address,
+            Error::Bus => &self.status_bus_error,
+            Error::ContextError => &self.status_context_error,
+            Error::FaultCancelled => &self.status_fault_cancelled,
+            Error::NoFault => &self.status_no_fault,
+            Error::Reset => &self.status_reset,
+            Error::Hung => &self.status_hung,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ pub enum Error {
     #[error("the context exists already")]
     ContextExists,
     /// [`abi::STATUS_LIMIT`]
-    #[error("out of page-table memory")]
+    #[error("a limit of the device is reached")]
     Limit,
     /// [`abi::STATUS_BAD_ADDRESS`]
     #[error("outside the address space")]
@@ -37,6 +37,12 @@ pub enum Error {
     /// [`abi::STATUS_NO_FAULT`]
     #[error("no such fault")]
     NoFault,
+    /// [`abi::STATUS_RESET`]
+    #[error("ended by a reset")]
+    Reset,
+    /// [`abi::STATUS_HUNG`]
+    #[error("ended by the watchdog")]
+    Hung,
 }
 
 impl Error {
@@ -53,6 +59,8 @@ impl Error {
             Self::ContextError => abi::STATUS_CONTEXT_ERROR,
             Self::FaultCancelled => abi::STATUS_FAULT_CANCELLED,
             Self::NoFault => abi::STATUS_NO_FAULT,
+            Self::Reset => abi::STATUS_RESET,
+            Self::Hung => abi::STATUS_HUNG,
         }
     }
 }

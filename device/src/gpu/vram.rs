@@ -2,11 +2,14 @@
 
 //! Device memory: a sealed, sparse memfd.
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use pinion_abi::PAGE_SIZE;
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -21,6 +24,15 @@ pub struct Vram {
     file: File,
     region: MmapRegion,
     size: u64,
+    poison: Poison,
+}
+
+/// Pages that have lost what was in them.
+#[derive(Debug, Default)]
+struct Poison {
+    /// Looked at without the lock, for there are hardly ever any.
+    any: AtomicBool,
+    pages: Mutex<BTreeSet<u64>>,
 }
 
 /// VRAM could not be made.
@@ -61,14 +73,19 @@ impl Vram {
         if !size_is_valid(size) {
             return Err(Error::Size(size));
         }
-        let file = Self::file(size).map_err(|source| Error::File { size, source })?;
+        let file = Self::make_file(size).map_err(|source| Error::File { size, source })?;
         let backing = file.try_clone().map_err(|source| Error::File { size, source })?;
         let region = MmapRegion::from_file(FileOffset::new(backing, 0), length)
             .map_err(|source| Error::Map { size, source })?;
-        Ok(Self { file, region, size })
+        Ok(Self {
+            file,
+            region,
+            size,
+            poison: Poison::default(),
+        })
     }
 
-    fn file(size: u64) -> std::io::Result<File> {
+    fn make_file(size: u64) -> std::io::Result<File> {
         let fd = memfd_create("pinion-vram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, size)?;
         // Whoever gets the file later (an aperture maps it) cannot take memory away from under us.
@@ -81,13 +98,46 @@ impl Vram {
         self.size
     }
 
+    /// How many bytes of it take up memory of the host.
+    pub fn used(&self) -> u64 {
+        // In units of 512 bytes, whatever the file system.
+        fstat(&self.file).map_or(0, |file| {
+            u64::try_from(file.st_blocks).unwrap_or(0).saturating_mul(512)
+        })
+    }
+
+    /// The file that it is, for others to map. It cannot be made smaller or larger.
+    pub fn duplicate(&self) -> Result<File, Error> {
+        self.file.try_clone().map_err(|source| Error::File {
+            size: self.size,
+            source,
+        })
+    }
+
     /// The `length` bytes at `offset`, if all of them exist.
     pub fn slice(&self, offset: u64, length: usize) -> Option<VolatileSlice<'_>> {
         self.region.get_slice(usize::try_from(offset).ok()?, length).ok()
     }
 
-    /// Makes all of it zero and gives the memory behind it back.
+    /// Has the page at `offset` lose what is in it.
+    pub fn poison(&self, offset: u64) {
+        if offset < self.size {
+            self.poison.pages.lock().insert(offset & !(PAGE_SIZE - 1));
+            self.poison.any.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the page at `offset` has lost what was in it.
+    #[inline]
+    pub fn is_poisoned(&self, offset: u64) -> bool {
+        self.poison.any.load(Ordering::Relaxed)
+            && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
+    }
+
+    /// Makes all of it zero, heals it, and gives the memory behind it back.
     pub fn clear(&self) {
+        self.poison.pages.lock().clear();
+        self.poison.any.store(false, Ordering::Relaxed);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if let Err(error) = fallocate(&self.file, flags, 0, self.size) {
             log::error!("cannot clear VRAM: {error}");
@@ -117,13 +167,21 @@ mod tests {
         assert_eq!(slice.read_obj::<u64>(0).unwrap(), 0);
         assert!(vram.slice(MIN_SIZE - 7, 8).is_none());
         assert!(vram.slice(u64::MAX, 8).is_none());
+        vram.poison(0x1fff);
+        vram.poison(MIN_SIZE);
+        let poisoned: Vec<_> = [0xfff, 0x1000, 0x2000, MIN_SIZE]
+            .map(|at| vram.is_poisoned(at))
+            .into();
+        assert_eq!(poisoned, [false, true, false, false]);
+        vram.clear();
+        assert!(!vram.is_poisoned(0x1000));
     }
 
     #[test]
     fn a_terabyte_is_sparse() {
         let vram = Vram::new(MAX_SIZE).unwrap();
         vram.slice(MAX_SIZE - 8, 8).unwrap().write_obj(1_u64, 0).unwrap();
-        let blocks = rustix::fs::fstat(&vram.file).unwrap().st_blocks;
-        assert!(blocks <= 4096, "{blocks} blocks are in use");
+        let used = vram.used();
+        assert!((8..=2 << 20).contains(&used), "{used} bytes are in use");
     }
 }

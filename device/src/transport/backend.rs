@@ -19,7 +19,8 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 use pinion_abi::{QUEUE_CONTROL, QUEUE_EVENT, QUEUE_FIRST_RING, QUEUE_INVALIDATE};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::Backend as Channel;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -27,11 +28,14 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use zerocopy::IntoBytes;
 
+use super::aperture::Aperture;
 use super::memory::GuestMap;
 use super::queues::{MAX_QUEUE_SIZE, Memory, Queues, Vring};
+use crate::control::Device;
 use crate::gpu::event::EventLog;
 use crate::gpu::inject::Injector;
 use crate::gpu::request::MAX_REQUEST;
+use crate::gpu::state::State;
 use crate::gpu::{Answer, Gpu, Settings, StartError};
 
 /// What `--print-capabilities` prints, in the form that QEMU's conventions give it.
@@ -61,6 +65,7 @@ pub struct Backend {
     settings: Settings,
     queues: Arc<Queues>,
     gpu: Gpu<Queues>,
+    aperture: Option<Aperture>,
     life: Mutex<Life>,
     /// Read while a request is carried out, written while the device is reset.
     serving: RwLock<()>,
@@ -70,12 +75,18 @@ impl Backend {
     /// Makes a device whose guest memory is `memory`.
     pub fn new(settings: Settings, injector: Arc<Injector>, memory: Memory) -> Result<Self, StartError> {
         let log = Arc::new(EventLog::default());
-        let queues = Arc::new(Queues::new(memory, settings.rings, log.clone()));
+        let queues = Queues::new(memory, settings.rings, log.clone(), injector.clone());
+        let queues = Arc::new(queues);
         let gpu = Gpu::start(&settings, queues.clone(), log, injector)?;
+        let aperture = match settings.aperture {
+            0 => None,
+            size => Some(Aperture::new(gpu.vram().duplicate()?, size)),
+        };
         Ok(Self {
             settings,
             queues,
             gpu,
+            aperture,
             life: Mutex::new(Life::Running),
             serving: RwLock::new(()),
         })
@@ -88,9 +99,20 @@ impl Backend {
         (self.num_queues() as u64).saturating_add(1)
     }
 
+    /// The connection is over, or is to be: nobody waits for the frontend or the driver any more.
+    pub fn close(&self) {
+        self.queues.close();
+        if let Some(aperture) = &self.aperture {
+            aperture.close();
+        }
+    }
+
     fn reset(&self) {
         let _serving = self.serving.write();
         log::info!("device reset");
+        if let Some(aperture) = &self.aperture {
+            aperture.forget();
+        }
         // First the queues, so that what the core still answers is known as old.
         self.queues.reset();
         self.gpu.reset();
@@ -127,6 +149,9 @@ impl Backend {
     }
 
     fn serve_requests(&self, queue: u16) {
+        if let (QUEUE_CONTROL, Some(aperture)) = (queue, &self.aperture) {
+            aperture.want();
+        }
         let mut bytes = Vec::with_capacity(MAX_REQUEST);
         loop {
             self.queues.quiet(queue);
@@ -169,11 +194,18 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let aperture = VhostUserProtocolFeatures::SHMEM
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::BACKEND_SEND_FD;
         VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | self
+                .aperture
+                .as_ref()
+                .map_or(VhostUserProtocolFeatures::empty(), |_| aperture)
     }
 
     fn reset_device(&self) {
@@ -205,7 +237,18 @@ impl VhostUserBackend for Backend {
     fn update_memory(&self, memory: Memory) -> std::io::Result<()> {
         self.gpu
             .set_memory(Arc::new(GuestMap(memory.memory().clone().into_inner())));
+        self.queues.settle();
         Ok(())
+    }
+
+    fn set_backend_req_fd(&self, channel: Channel) {
+        if let Some(aperture) = &self.aperture {
+            aperture.set_channel(channel);
+        }
+    }
+
+    fn get_shmem_config(&self) -> std::io::Result<VhostUserShMemConfig> {
+        Ok(self.aperture.as_ref().map(Aperture::regions).unwrap_or_default())
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
@@ -249,8 +292,21 @@ impl VhostUserBackend for Backend {
             Serve::Nothing => {}
             Serve::This => self.serve(queue),
             // The others may have come while it was not clear yet whether the device was reset.
-            Serve::All => (0..self.num_queues() as u16).for_each(|queue| self.serve(queue)),
+            // The control queue comes last: it may have to wait for the aperture.
+            Serve::All => (0..self.num_queues() as u16)
+                .rev()
+                .for_each(|queue| self.serve(queue)),
         }
         Ok(())
+    }
+}
+
+impl Device for Backend {
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        self.gpu.statistics().list()
+    }
+
+    fn state(&self) -> State {
+        self.gpu.state()
     }
 }

@@ -6,6 +6,8 @@
 //! |---|---|
 //! | `backend.rs` | what `vhost-user-backend` asks of a device; stop, resume, reset |
 //! | `queues.rs` | the virtqueues, as the core sees them |
+//! | `vring.rs` | what a frontend may put into a vring |
+//! | `aperture.rs` | VRAM where the guest's processors see it |
 //! | `chain.rs` | descriptor chains |
 //! | `memory.rs` | guest memory, as the core sees it |
 //!
@@ -20,9 +22,11 @@
     clippy::arithmetic_side_effects
 )]
 
+mod aperture;
 mod backend;
 mod chain;
 mod memory;
 mod queues;
+mod vring;
 
 pub use backend::{Backend, capabilities};

@@ -15,21 +15,24 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use pinion_abi::{self as abi, QUEUE_CONTROL, QUEUE_EVENT, QUEUE_FIRST_RING};
-use vhost_user_backend::{VringMutex, VringState, VringT};
+use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
 use super::chain::{self, Ticket};
+pub(super) use super::vring::Vring;
+use super::vring::signal;
 use crate::gpu::Host;
 use crate::gpu::command::MAX_SUBMISSION;
 use crate::gpu::event::EventLog;
+use crate::gpu::inject::{Defect, Injector};
+use crate::rate_limit::{RateLimit, warn_limited};
 
 /// Largest queue that a frontend may set up.
 pub(super) const MAX_QUEUE_SIZE: usize = 1024;
 
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-pub(super) type Vring = VringMutex<Memory>;
 
 /// One virtqueue.
 #[derive(Default)]
@@ -41,8 +44,8 @@ struct Slot {
     parked: Mutex<VecDeque<(Ticket, Vec<u8>)>>,
     /// Something was used that the driver was not told of.
     unannounced: AtomicBool,
-    /// A broken chain was seen, and was logged.
-    complained: AtomicBool,
+    /// Of messages about broken chains.
+    complaints: RateLimit,
 }
 
 /// All virtqueues of a connection.
@@ -50,35 +53,23 @@ pub(super) struct Queues {
     memory: Memory,
     slots: Vec<Slot>,
     epoch: AtomicU64,
+    /// The connection ends: no queue runs any more.
+    closed: AtomicBool,
     log: Arc<EventLog>,
-}
-
-/// Whether chains may be taken from and returned to a queue.
-fn runs(vring: &VringState<Memory>) -> bool {
-    vring.is_enabled() && vring.get_queue().ready()
-}
-
-fn announce(slot: &Slot, vring: &mut VringState<Memory>) {
-    if !slot.unannounced.swap(false, Ordering::Relaxed) {
-        return;
-    }
-    // If the driver's wish cannot be read it is told too often rather than never.
-    if vring.needs_notification().unwrap_or(true) {
-        if let Err(error) = vring.signal_used_queue() {
-            log::warn!("cannot notify the driver: {error}");
-        }
-    }
+    injector: Arc<Injector>,
 }
 
 impl Queues {
-    pub(super) fn new(memory: Memory, rings: u16, log: Arc<EventLog>) -> Self {
+    pub(super) fn new(memory: Memory, rings: u16, log: Arc<EventLog>, injector: Arc<Injector>) -> Self {
         let count = usize::from(QUEUE_FIRST_RING).saturating_add(rings.into());
         let slots = (0..count).map(|_| Slot::default()).collect();
         Self {
             memory,
             slots,
             epoch: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
             log,
+            injector,
         }
     }
 
@@ -90,7 +81,38 @@ impl Queues {
     fn with<R>(&self, queue: u16, action: impl FnOnce(&Slot, &mut VringState<Memory>) -> R) -> Option<R> {
         let slot = self.slot(queue)?;
         let mut vring = slot.vring.get()?.get_mut();
-        runs(&vring).then(|| action(slot, &mut vring))
+        self.runs(&vring).then(|| action(slot, &mut vring))
+    }
+
+    /// Whether chains may be taken from and returned to a queue.
+    fn runs(&self, vring: &VringState<Memory>) -> bool {
+        vring.is_enabled() && vring.get_queue().ready() && !self.closed.load(Ordering::Relaxed)
+    }
+
+    /// No queue runs any more. A guest that goes on filling them keeps nobody busy.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until whoever is at a queue is done with what it knew of memory.
+    pub(super) fn settle(&self) {
+        for vring in self.slots.iter().filter_map(|slot| slot.vring.get()) {
+            // Memory is looked at under the vring's lock only, and found anew each time.
+            drop(vring.get_mut());
+        }
+    }
+
+    fn announce_locked(&self, slot: &Slot, vring: &mut VringState<Memory>) {
+        if !slot.unannounced.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        // If the driver's wish cannot be read it is told too often rather than never.
+        if !vring.needs_notification().unwrap_or(true) || self.injector.strikes(Defect::DropInterrupt) {
+            return;
+        }
+        if let Err(error) = signal(vring) {
+            warn_limited!("cannot notify the driver: {error}");
+        }
     }
 
     /// Makes a queue known.
@@ -122,7 +144,7 @@ impl Queues {
                 Ok(()) => Some(Some((ticket, position))),
                 Err(error) => {
                     self.refuse(queue, slot, vring, &ticket, &error);
-                    announce(slot, vring);
+                    self.announce_locked(slot, vring);
                     Some(None)
                 }
             }
@@ -147,16 +169,14 @@ impl Queues {
         ticket: &Ticket,
         error: &chain::Error,
     ) {
-        if !slot.complained.swap(true, Ordering::Relaxed) {
-            log::warn!("queue {queue}: the driver made a bad descriptor chain: {error}");
-        }
+        warn_limited!(limit = slot.complaints; "queue {queue}: the driver made a bad descriptor chain: {error}");
         self.put(slot, vring, ticket.head, 0);
     }
 
     fn put(&self, slot: &Slot, vring: &mut VringState<Memory>, head: u16, written: u32) {
         slot.unannounced.store(true, Ordering::Relaxed);
         if let Err(error) = vring.add_used(head, written) {
-            log::warn!("cannot return a descriptor chain: {error}");
+            warn_limited!("cannot return a descriptor chain: {error}");
         }
     }
 
@@ -168,7 +188,7 @@ impl Queues {
         if ticket.epoch != self.epoch() {
             return;
         }
-        if runs(&vring) {
+        if self.runs(&vring) {
             let written = ticket.answer(&self.memory.memory(), answer);
             self.put(slot, &mut vring, ticket.head, written);
         } else {
@@ -184,7 +204,7 @@ impl Queues {
                 let written = ticket.answer(&self.memory.memory(), &answer);
                 self.put(slot, vring, ticket.head, written);
             }
-            announce(slot, vring);
+            self.announce_locked(slot, vring);
         });
     }
 
@@ -195,7 +215,6 @@ impl Queues {
             // Under the vring's lock, so that whoever is answering has either done so or sees the epoch.
             let vring = slot.vring.get().map(|vring| vring.get_mut());
             slot.parked.lock().clear();
-            slot.complained.store(false, Ordering::Relaxed);
             drop(vring);
         }
     }
@@ -233,7 +252,7 @@ impl Queues {
     /// Answers a request and tells the driver.
     pub(super) fn respond(&self, queue: u16, ticket: Ticket, response: &abi::Response) {
         self.answer(queue, ticket, response.as_bytes());
-        self.with(queue, announce);
+        self.with(queue, |slot, vring| self.announce_locked(slot, vring));
     }
 
     /// Fills buffers of the event queue as long as there are events and buffers.
@@ -271,7 +290,7 @@ impl Queues {
                 let written = ticket.answer(&memory, record.as_bytes());
                 self.put(slot, vring, ticket.head, written);
             }
-            announce(slot, vring);
+            self.announce_locked(slot, vring);
         });
     }
 
@@ -299,7 +318,11 @@ impl Host for Queues {
         let Some(vring) = slot.vring.get() else { return 0 };
         let vring = vring.get_ref();
         let taken = slot.taken.load(Ordering::Relaxed);
-        let waiting = if runs(&vring) { self.waiting(&vring) } else { 0 };
+        let waiting = if self.runs(&vring) {
+            self.waiting(&vring)
+        } else {
+            0
+        };
         taken.saturating_add(waiting.into())
     }
 
@@ -317,7 +340,7 @@ impl Host for Queues {
     }
 
     fn announce(&self, ring: u16) {
-        self.with(Self::ring(ring), announce);
+        self.with(Self::ring(ring), |slot, vring| self.announce_locked(slot, vring));
     }
 
     fn replayed(&self, ticket: Ticket, through: u64) {

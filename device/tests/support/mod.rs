@@ -35,26 +35,69 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Daemon {
     pub child: Child,
     pub socket: PathBuf,
+    /// Where the control socket is, for tests that have one.
+    pub control: PathBuf,
     directory: tempfile::TempDir,
 }
 
 impl Daemon {
     pub fn start(arguments: &[&str]) -> Self {
+        Self::spawn(|command, _| {
+            command.args(arguments);
+        })
+    }
+
+    /// With a control socket too.
+    pub fn with_control(arguments: &[&str]) -> Self {
+        let mut daemon = Self::spawn(|command, control| {
+            command.args(arguments).arg("--control-path").arg(control);
+        });
+        connect(&daemon.control, &mut daemon.child);
+        daemon
+    }
+
+    fn spawn(add: impl FnOnce(&mut Command, &Path)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
-        let child = Command::new(env!("CARGO_BIN_EXE_pinion-device"))
-            .arg("--socket-path")
-            .arg(&socket)
-            .args(["--vram", "64M"])
-            .args(arguments)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let control = directory.path().join("control");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pinion-device"));
+        command.arg("--socket-path").arg(&socket).args(["--vram", "64M"]);
+        add(&mut command, &control);
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
         Self {
             child,
             socket,
+            control,
             directory,
         }
+    }
+
+    /// Sends a line to the control socket. What is answered.
+    pub fn ask(&self, line: &str) -> serde_json::Value {
+        use std::io::{BufRead, Write};
+        let mut stream = UnixStream::connect(&self.control).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        std::io::BufReader::new(stream)
+            .read_line(&mut answer)
+            .unwrap_or_else(|error| panic!("waited {PATIENCE:?} for the answer to {line}: {error}"));
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    /// `pinion-device ctl`: its exit status, and what it said on its standard output and error.
+    pub fn ctl(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_pinion-device"))
+            .arg("ctl")
+            .arg(&self.control)
+            .args(arguments)
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
     }
 
     /// Connects; the daemon may need a moment until it listens.
@@ -82,11 +125,22 @@ impl Daemon {
 
     /// Ends it as one should, and checks that it ends well, having said nothing.
     pub fn terminate(self) {
+        self.terminate_saying(&[]);
+    }
+
+    /// The same, but it has said this: a line for each, and no more.
+    pub fn terminate_saying(self, expected: &[&str]) {
         self.signal(rustix::process::Signal::TERM);
         let socket = self.socket.clone();
         let (status, said) = self.end();
         assert!(status.success(), "the daemon ended with {status}, saying: {said}");
-        assert_eq!(said, "", "the daemon had something to say");
+        let lines: Vec<_> = said.lines().collect();
+        let matches = lines.len() == expected.len()
+            && expected
+                .iter()
+                .zip(&lines)
+                .all(|(part, line)| line.contains(part));
+        assert!(matches, "the daemon said {lines:#?}, not {expected:?}");
         assert!(!socket.exists(), "the daemon left its socket behind");
     }
 }
@@ -281,6 +335,11 @@ impl Virtqueue {
         token
     }
 
+    /// Whether the device has notified the driver since this was asked for, or waited for, last.
+    pub fn was_notified(&self) -> bool {
+        self.call.read().is_ok()
+    }
+
     fn collect(&mut self) {
         while self.load16(self.device_area() + 2) != self.seen {
             let at = self.device_area() + 4 + 8 * u64::from(self.seen % QUEUE_SIZE);
@@ -393,7 +452,7 @@ impl Guest {
         guest
     }
 
-    fn regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
+    pub fn regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
         self.memory
             .iter()
             .map(|region| VhostUserMemoryRegionInfo {

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Device time.
+
+use std::time::Instant;
+
+/// Counts nanoseconds since the device was made.
+#[derive(Debug)]
+pub struct Clock(Instant);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock {
+    /// The time; never zero, which stands for none.
+    pub fn now(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos())
+            .unwrap_or(u64::MAX)
+            .max(1)
+    }
+}
