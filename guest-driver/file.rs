@@ -4,7 +4,8 @@
 
 use crate::{
     abi,
-    address_space::{AddressSpace, Atomics, Statistics},
+    address_space::{AddressSpace, Statistics},
+    advice::{Atomics, Location},
     chardev::{self, CharDevice},
     eventfd::EventFd,
     fence::{Progress, Waited, MAX_COMMANDS, MAX_SUBMISSIONS},
@@ -39,11 +40,6 @@ use kernel::{
     time::{ClockSource, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
-
-/// How the GPU can get exclusive access: bits of `uapi::ATOMICS_*`.
-const ATOMICS: u32 = 1 << uapi::ATOMICS_AUTO | 1 << uapi::ATOMICS_PIN | 1 << uapi::ATOMICS_UNPROTECTED;
-/// Where pages can be: bits of `uapi::LOCATION_*`.
-const LOCATIONS: u32 = 1 << uapi::LOCATION_NONE | 1 << uapi::LOCATION_SYSTEM;
 
 /// An open file.
 #[pin_data(PinnedDrop)]
@@ -222,8 +218,8 @@ impl FileHandle {
             vram_size: limits.vram_size,
             max_submissions: MAX_SUBMISSIONS as u32,
             max_commands: MAX_COMMANDS as u32,
-            atomics: ATOMICS,
-            locations: LOCATIONS,
+            atomics: self.mechanisms(),
+            locations: self.locations(),
         };
         uapi::write(arg, request.size, &info)
     }
@@ -364,28 +360,72 @@ impl FileHandle {
         let request: uapi::Advise = uapi::read(arg)?;
         let range = page_range(request.address, request.length)?;
         match (request.advice, request.value) {
-            (uapi::ADVISE_ATOMICS, uapi::ATOMICS_AUTO | uapi::ATOMICS_PIN) => {
-                space.advise(range, Atomics::Pin)
+            (uapi::ADVISE_ATOMICS, atomics) => {
+                let mechanism = match atomics {
+                    uapi::ATOMICS_AUTO => Atomics::Auto,
+                    uapi::ATOMICS_PIN => Atomics::Pin,
+                    uapi::ATOMICS_EXCLUSIVE => Atomics::Exclusive,
+                    uapi::ATOMICS_MIGRATE => Atomics::Migrate,
+                    uapi::ATOMICS_UNPROTECTED => Atomics::Unprotected,
+                    _ => return Err(EINVAL),
+                };
+                if self.mechanisms() & 1 << atomics == 0 {
+                    return Err(EOPNOTSUPP);
+                }
+                space.advise(range, mechanism)
             }
-            (uapi::ADVISE_ATOMICS, uapi::ATOMICS_UNPROTECTED) => space.advise(range, Atomics::Unprotected),
-            (uapi::ADVISE_ATOMICS, uapi::ATOMICS_EXCLUSIVE | uapi::ATOMICS_MIGRATE) => Err(EOPNOTSUPP),
-            // Where the pages are as it is.
-            (uapi::ADVISE_LOCATION, uapi::LOCATION_NONE | uapi::LOCATION_SYSTEM) => Ok(()),
-            (uapi::ADVISE_LOCATION, uapi::LOCATION_VRAM) => Err(EOPNOTSUPP),
+            (uapi::ADVISE_LOCATION, location) => space.advise_location(range, self.location(location)?),
             _ => Err(EINVAL),
         }
     }
 
+    /// How the GPU can get exclusive access: bits of `uapi::ATOMICS_*`.
+    fn mechanisms(&self) -> u32 {
+        let mut bits = 1 << uapi::ATOMICS_AUTO | 1 << uapi::ATOMICS_PIN | 1 << uapi::ATOMICS_UNPROTECTED;
+        if self.has_vram() {
+            bits |= 1 << uapi::ATOMICS_MIGRATE;
+        }
+        bits
+    }
+
+    /// Where pages can be: bits of `uapi::LOCATION_*`.
+    fn locations(&self) -> u32 {
+        let mut bits = 1 << uapi::LOCATION_NONE | 1 << uapi::LOCATION_SYSTEM;
+        if self.has_vram() {
+            bits |= 1 << uapi::LOCATION_VRAM;
+        }
+        bits
+    }
+
+    fn has_vram(&self) -> bool {
+        self.gpu.memory().usage().total > 0
+    }
+
+    /// A place of that number, which must be there.
+    fn location(&self, location: u32) -> Result<Location> {
+        let place = match location {
+            uapi::LOCATION_NONE => Location::Anywhere,
+            uapi::LOCATION_SYSTEM => Location::System,
+            uapi::LOCATION_VRAM => Location::Vram,
+            _ => return Err(EINVAL),
+        };
+        if self.locations() & 1 << location == 0 {
+            return Err(EOPNOTSUPP);
+        }
+        Ok(place)
+    }
+
     fn prefetch(&self, arg: usize) -> Result {
-        let _space = self.owned()?;
+        let space = self.owned()?;
         let request: uapi::Prefetch = uapi::read(arg)?;
-        let _range = page_range(request.address, request.length)?;
-        if request.reserved != 0 {
+        let range = page_range(request.address, request.length)?;
+        if request.reserved != 0 || request.location == uapi::LOCATION_NONE {
             return Err(EINVAL);
         }
-        match request.location {
-            uapi::LOCATION_SYSTEM | uapi::LOCATION_VRAM => Err(EOPNOTSUPP),
-            _ => Err(EINVAL),
+        match space.prefetch(range, self.location(request.location)?) {
+            // To begin again does no harm: what is there already is there.
+            Err(error) if error == EINTR => Err(ERESTARTSYS),
+            other => other,
         }
     }
 
@@ -410,18 +450,17 @@ impl FileHandle {
         let pointer = UserPtr::from_addr(usize::try_from(request.pages)?);
         let mut writer = UserSlice::new(pointer, size).writer();
         for va in range.step_by(kernel::page::PAGE_SIZE) {
-            let (state, rights, pfn) = space.query(va)?;
+            let found = space.query(va)?;
             let page = uapi::Page {
-                state,
+                state: found.state,
                 // The bits are in the order of the page table entry's, which has VALID in front.
-                rights: u32::from(rights >> 1),
-                page_size: if rights == 0 {
-                    0
-                } else {
-                    kernel::page::PAGE_SIZE as u32
-                },
+                rights: u32::from(found.rights >> 1),
+                page_size: found.size as u32,
                 reserved: 0,
-                pfn: pfn.filter(|_| privileged).map_or(0, |pfn| pfn.number() as u64),
+                pfn: found
+                    .pfn
+                    .filter(|_| privileged)
+                    .map_or(0, |pfn| pfn.number() as u64),
             };
             writer.write_slice(page.as_bytes())?;
         }
@@ -438,6 +477,9 @@ impl FileHandle {
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
         seq_print!(m, "pinion-mirrors:\t{}\n", statistics.mirrors.load(Relaxed));
+        seq_print!(m, "pinion-to-vram:\t{}\n", statistics.to_vram.load(Relaxed));
+        seq_print!(m, "pinion-from-vram:\t{}\n", statistics.from_vram.load(Relaxed));
+        seq_print!(m, "pinion-evictions:\t{}\n", statistics.evictions.load(Relaxed));
         seq_print!(
             m,
             "pinion-invalidations:\t{}\n",

@@ -8,7 +8,7 @@
 //! 2. mmap_lock
 //! 3. folio locks
 //! 4. the state of an interval notifier (`hmm::notifier`); under it nothing is allocated
-//! 5. `Gpu::transport` (held only to take or drop it), `Contexts::table`
+//! 5. `CopyEngine::mapped`, `Gpu::transport` (held only to take or drop it), `Contexts::table`
 //! 6. spinlocks: channels, fences (`fence.rs`), the page table of `hmm::memory`
 //!
 //! `Ring::state` is taken with none of them held, and only spinlocks are taken under it.
@@ -21,6 +21,7 @@ use crate::{
     abi,
     address_space::AddressSpace,
     chardev::{self, CharDevice},
+    copy::{self, CopyEngine, Transfers},
     file::FileHandle,
     hmm::memory::PrivateMemory,
     residency::Residency,
@@ -35,7 +36,7 @@ use kernel::{
     str::CString,
     sync::{
         aref::ARef,
-        atomic::{Acquire, Atomic, Full, Release},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
     task::Kuid,
@@ -47,8 +48,10 @@ use kernel::{
 const CONTROL_SLOTS: usize = 2 * abi::MAX_RINGS as usize + 8;
 /// Slots of a ring.
 const RING_SLOTS: usize = 64;
-/// Page table entries in one request that this driver sends.
-const MAP_ENTRIES: usize = 1;
+/// Page table entries in one request that this driver sends, at most.
+const MAP_ENTRIES: usize = 512;
+/// Faults that are replayed with one request to map, at most: a ring has at most one.
+pub(crate) const MAX_REPLAYS: usize = abi::MAX_RINGS as usize;
 /// Most commands in a batch that this driver sends: 64 KiB of them.
 const MAX_BATCH: u32 = 1024;
 /// Milliseconds after which the device is asked whether it lives, while it has work.
@@ -61,12 +64,14 @@ type Node = CharDevice<FileHandle, Arc<Gpu>>;
 
 /// What the device offers.
 pub(crate) struct Limits {
-    /// Number of rings.
+    /// Number of rings that programs can use.
     pub(crate) rings: u32,
     /// Most commands in one submission.
     pub(crate) max_batch: u32,
     /// Bytes of VRAM.
     pub(crate) vram_size: u64,
+    /// Most page table entries in one request.
+    max_map_entries: usize,
 }
 
 /// The address spaces that are open, by context.
@@ -190,9 +195,12 @@ pub(crate) struct Gpu {
     invalidation: Arc<Channel>,
     event: Arc<Channel>,
     rings: KVec<Arc<Ring>>,
+    /// None if the device has but one ring. VRAM is then not used.
+    copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
     memory: Arc<PrivateMemory<Residency>>,
     lost: Atomic<bool>,
+    large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
     #[pin]
     stopped: Completion,
@@ -302,6 +310,7 @@ fn check(status: u32) -> Result {
         abi::STATUS_LIMIT => Err(ENOMEM),
         abi::STATUS_NO_CONTEXT | abi::STATUS_NO_FAULT => Err(ENOENT),
         abi::STATUS_CONTEXT_EXISTS => Err(EEXIST),
+        abi::STATUS_UNSUPPORTED | abi::STATUS_INVALID => Err(EOPNOTSUPP),
         _ => Err(EIO),
     }
 }
@@ -322,7 +331,7 @@ impl Gpu {
         &self.contexts
     }
 
-    /// The struct pages that stand in for pinned ones.
+    /// The struct pages of VRAM, and those that stand in for pinned ones.
     pub(crate) fn memory(&self) -> &PrivateMemory<Residency> {
         &self.memory
     }
@@ -400,13 +409,68 @@ impl Gpu {
         }
     }
 
+    /// Copies and clears memory. When this returns, all has been done, or nothing more will be.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP: there is no ring for it. ENODEV: the device is lost.
+    pub(crate) fn transfer(self: &Arc<Self>, transfers: &Transfers) -> Result {
+        if transfers.is_empty() {
+            return Ok(());
+        }
+        let copy = self.copy.as_ref().ok_or(EOPNOTSUPP)?;
+        copy.prepare(self, transfers)?;
+        let result = copy.run(self, transfers);
+        if result.is_err() {
+            // Work that has been given up may still be carried out, until the device is reset.
+            self.wait_stopped();
+        }
+        result
+    }
+
+    /// Puts a batch of the driver's own into `ring`.
+    pub(crate) fn send_batch<'a>(
+        &self,
+        ring: &'a Channel,
+        header: &abi::SubmitHeader,
+        commands: &[abi::Command],
+    ) -> Result<Pending<'a>> {
+        if self.is_lost() {
+            return Err(ENODEV);
+        }
+        ring.request(timeout(), |output| {
+            let length = put(output, header.as_bytes());
+            length + put(&mut output[length..], commands.as_bytes())
+        })
+    }
+
+    /// Waits for a batch of the driver's own.
+    pub(crate) fn end_of_batch(self: &Arc<Self>, pending: Pending<'_>) -> Result {
+        match pending.wait::<abi::Completion>(timeout()) {
+            Ok(done) if done.status == abi::STATUS_OK => Ok(()),
+            Ok(done) => {
+                dev_err!(self.device, "a copy ended with {:?}\n", done);
+                self.lose("it did not copy");
+                Err(ENODEV)
+            }
+            Err(_) => {
+                self.lose("no end of a copy");
+                Err(ENODEV)
+            }
+        }
+    }
+
     /// Puts a request into the control queue.
     ///
     /// # Errors
     ///
     /// EBUSY: the queue has been full all the time.
     fn send<T: IntoBytes + zerocopy::Immutable + ?Sized>(&self, request: &T) -> Result<Pending<'_>> {
-        let write = |output: &mut [u8]| put(output, request.as_bytes());
+        self.send_with(|output| put(output, request.as_bytes()))
+    }
+
+    /// As [`Self::send`], for a request that is written in place.
+    fn send_with(&self, write: impl FnOnce(&mut [u8]) -> usize) -> Result<Pending<'_>> {
         match self.control.request(timeout(), write) {
             Err(error) if error == ETIMEDOUT => Err(EBUSY),
             other => other,
@@ -466,34 +530,97 @@ impl Gpu {
         self.contexts.release(context);
     }
 
-    /// Writes a page table entry, and retries the accesses that are stalled on `fault`. Returns when that has
-    /// happened, so that whoever keeps the page meanwhile has let the device make progress.
+    /// Writes page table entries, and retries the accesses that are stalled on `faults` ([`MAX_REPLAYS`] at most). Returns
+    /// when that has happened, so that whoever keeps the pages meanwhile has let the device make progress.
     ///
-    /// Both requests go over the bus at once.
-    pub(crate) fn map_and_replay(self: &Arc<Self>, context: u32, va: u64, entry: u64, fault: u64) -> Result {
+    /// All requests go over the bus at once, if there are no more entries than one request can hold.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP: the device knows no large pages.
+    pub(crate) fn map(
+        self: &Arc<Self>,
+        context: u32,
+        va: u64,
+        entries: &[u64],
+        large: bool,
+        faults: &[u64],
+    ) -> Result {
         if self.is_lost() {
             return Err(ENODEV);
         }
-        let request = abi::MapRequest {
-            header: header(abi::REQUEST_MAP, context),
-            va,
-            count: 1,
-            reserved: 0,
+        let size = if large {
+            abi::LARGE_PAGE_SIZE
+        } else {
+            abi::PAGE_SIZE
         };
-        let mut map = [0; size_of::<abi::MapRequest>() + size_of::<u64>()];
-        let length = put(&mut map, request.as_bytes());
-        put(&mut map[length..], entry.as_bytes());
-        let map = self.send(&map)?;
-        let replay = self.send(&fault_request(abi::REQUEST_REPLAY, context, fault));
+        let limit = self.limits.max_map_entries;
+        let mut va = va;
+        let mut rest = entries;
+        while rest.len() > limit {
+            let (now, later) = rest.split_at(limit);
+            let map = self.send_map(context, va, now, large)?;
+            self.control.kick();
+            check(self.answer(map, "no answer to MAP")?.status)?;
+            va += now.len() as u64 * size;
+            rest = later;
+        }
+        let map = self.send_map(context, va, rest, large)?;
+        let mut replays = [const { None }; MAX_REPLAYS];
+        for (replay, fault) in replays.iter_mut().zip(faults) {
+            *replay = Some(self.send(&fault_request(abi::REQUEST_REPLAY, context, *fault)));
+        }
         self.control.kick();
         let map = self.answer(map, "no answer to MAP");
-        let replay = self.answer(replay?, "no answer to REPLAY");
+        let mut result = Ok(());
+        for replay in replays.into_iter().flatten() {
+            let replay = replay.and_then(|replay| self.answer(replay, "no answer to REPLAY"));
+            let replay = match replay.and_then(|answer| check(answer.status)) {
+                // The fault may be gone with its context.
+                Err(error) if error == ENOENT => Ok(()),
+                other => other,
+            };
+            result = result.and(replay);
+        }
         // Only now: with the fault replayed in vain, the access has stalled on another one.
-        check(map?.status)?;
-        match check(replay?.status) {
-            // The fault may be gone with its context.
+        let map = check(map?.status);
+        if large && map == Err(EOPNOTSUPP) {
+            self.large_pages.store(false, Relaxed);
+        }
+        map?;
+        result
+    }
+
+    /// Whether the device knows large pages, as far as anybody has tried.
+    pub(crate) fn has_large_pages(&self) -> bool {
+        self.large_pages.load(Relaxed)
+    }
+
+    fn send_map(&self, context: u32, va: u64, entries: &[u64], large: bool) -> Result<Pending<'_>> {
+        let request = abi::MapRequest {
+            header: abi::RequestHeader {
+                opcode: abi::REQUEST_MAP,
+                flags: if large { abi::MAP_LARGE } else { 0 },
+                context,
+            },
+            va,
+            count: entries.len() as u32,
+            reserved: 0,
+        };
+        self.send_with(|output| {
+            let length = put(output, request.as_bytes());
+            length + put(&mut output[length..], entries.as_bytes())
+        })
+    }
+
+    /// Retries the accesses that are stalled on `fault`, as [`Self::map`] does.
+    pub(crate) fn replay(self: &Arc<Self>, context: u32, fault: u64) -> Result {
+        match self.request(
+            &fault_request(abi::REQUEST_REPLAY, context, fault),
+            "no answer to REPLAY",
+        ) {
             Err(error) if error == ENOENT => Ok(()),
-            other => other,
+            other => other.map(|_| ()),
         }
     }
 
@@ -563,6 +690,15 @@ impl Gpu {
 
     fn handle_event(self: &Arc<Self>, event: &abi::EventRecord) {
         match event.kind {
+            abi::EVENT_FAULT
+                if self
+                    .copy
+                    .as_ref()
+                    .is_some_and(|copy| copy.context() == event.context) =>
+            {
+                dev_err!(self.device, "a copy of the driver's has faulted: {:?}\n", event);
+                self.lose("it does not map what it was told to");
+            }
             abi::EVENT_FAULT => {
                 if let Some(space) = self.contexts.get(event.context) {
                     space.fault(event);
@@ -576,6 +712,9 @@ impl Gpu {
                     event.status
                 );
             }
+            // Nothing depends on these.
+            abi::EVENT_PREFETCH | abi::EVENT_ACCESS_COUNT => {}
+            abi::EVENT_DEVICE_RESET => self.lose("it has reset itself"),
             kind => dev_err!(self.device, "an event of unknown kind {}\n", kind),
         }
     }
@@ -601,6 +740,12 @@ fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
         header: header(opcode, context),
         fault,
     }
+}
+
+/// Pages of VRAM that are used at most: twice as many as the system has. The struct pages of more would take up too much of
+/// its memory.
+fn most_vram_pages() -> usize {
+    2 * crate::hmm::page::system_pages()
 }
 
 /// Believes the device only what makes sense.
@@ -654,29 +799,51 @@ impl virtio::Driver for Gpu {
         )?;
         layout(size_of::<abi::InvalidateRequest>(), response, CONTROL_SLOTS)?;
         layout(0, size_of::<abi::EventRecord>(), usize::MAX)?;
-        for _ in 0..config.num_rings {
-            // Submissions come in buffers of their own.
+        // The last ring is the driver's own, if there are two at least.
+        let rings_of_users = if config.num_rings > 1 {
+            config.num_rings - 1
+        } else {
+            1
+        };
+        let copy_batch = config.max_batch.min(copy::MAX_BATCH);
+        for ring in 0..config.num_rings {
+            let (commands, slots) = if ring < rings_of_users {
+                // Submissions come in buffers of their own.
+                (0, RING_SLOTS)
+            } else {
+                (copy_batch, copy::SLOTS)
+            };
             layout(
-                size_of::<abi::SubmitHeader>(),
+                size_of::<abi::SubmitHeader>() + commands as usize * size_of::<abi::Command>(),
                 size_of::<abi::Completion>(),
-                RING_SLOTS,
+                slots,
             )?;
         }
         let contexts = Contexts::new(config.max_contexts as usize)?;
-        let memory = PrivateMemory::new(c"pinion", PIN_PAGES, Residency::new(contexts.clone()))?;
+        let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
+        let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
+        let residency = Residency::new(contexts.clone());
+        let memory = PrivateMemory::new(c"pinion", vram, PIN_PAGES, residency)?;
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
+        let mut copy = None;
         for ring in 0..config.num_rings {
             let channel = transport.channel((abi::QUEUE_FIRST_RING + ring).into())?;
-            rings.push(Ring::new(ring.into(), channel)?, GFP_KERNEL)?;
+            if ring < rings_of_users {
+                rings.push(Ring::new(ring.into(), channel)?, GFP_KERNEL)?;
+            } else {
+                let engine = CopyEngine::new(contexts.reserve()?, channel, copy_batch)?;
+                copy = Some(KBox::pin_init(engine, GFP_KERNEL)?);
+            }
         }
         let control = transport.channel(abi::QUEUE_CONTROL.into())?;
         let invalidation = transport.channel(abi::QUEUE_INVALIDATE.into())?;
         let event = transport.channel(abi::QUEUE_EVENT.into())?;
         let limits = Limits {
-            rings: config.num_rings.into(),
+            rings: rings_of_users.into(),
             max_batch,
             vram_size: config.vram_size,
+            max_map_entries: (config.max_map_entries as usize).min(MAP_ENTRIES),
         };
         Arc::pin_init(
             try_pin_init!(Self {
@@ -687,9 +854,11 @@ impl virtio::Driver for Gpu {
                 invalidation,
                 event,
                 rings,
+                copy,
                 contexts,
                 memory,
                 lost: Atomic::new(false),
+                large_pages: Atomic::new(true),
                 stopped <- Completion::new(),
                 transport <- new_mutex!(Some(transport), "Gpu::transport"),
                 node <- new_mutex!(None, "Gpu::node"),
@@ -708,6 +877,11 @@ impl virtio::Driver for Gpu {
         }
         this.event.post_inputs()?;
         this.ping()?;
+        this.memory.handler().set_gpu(Some(this.clone()));
+        if let Some(copy) = &this.copy {
+            let request = header(abi::REQUEST_CONTEXT_CREATE, copy.context());
+            this.request(&request, "no answer to CONTEXT_CREATE")?;
+        }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
         let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
@@ -725,8 +899,13 @@ impl virtio::Driver for Gpu {
                     .map(|queue| queue.enqueue::<_, 0>(this.clone()));
             }
             queue => {
-                if let Some(ring) = this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize) {
-                    ring.interrupt();
+                match (
+                    this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize),
+                    &this.copy,
+                ) {
+                    (Some(ring), _) => ring.interrupt(),
+                    (None, Some(copy)) => copy.ring().collect(),
+                    (None, None) => {}
                 }
             }
         }
@@ -735,11 +914,14 @@ impl virtio::Driver for Gpu {
     fn remove(this: Arc<Self>) {
         let node = this.node.lock().take();
         drop(node);
+        // As long as the device can still copy.
+        Residency::evacuate(&this);
         this.stop();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.
         ModuleQueue::Faults.flush();
         ModuleQueue::Faults.flush();
         Residency::evict_all(&this);
+        this.memory.handler().set_gpu(None);
     }
 }

@@ -13,8 +13,10 @@
 use kernel::prelude::*;
 
 mod address_space;
+mod advice;
 mod bindings;
 mod chardev;
+mod copy;
 mod eventfd;
 mod fence;
 mod fence_file;
@@ -27,6 +29,7 @@ mod submission;
 mod sync;
 mod uapi;
 mod virtio;
+mod window;
 
 #[allow(dead_code, unreachable_pub)]
 #[path = "../abi/src/wire.rs"]

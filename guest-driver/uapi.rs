@@ -93,7 +93,6 @@ pub(crate) const PAGE_CPU: u32 = 0;
 /// See above.
 pub(crate) const PAGE_MIRRORED: u32 = 1;
 /// See above.
-#[allow(dead_code)]
 pub(crate) const PAGE_VRAM: u32 = 2;
 /// See above.
 pub(crate) const PAGE_PINNED: u32 = 3;

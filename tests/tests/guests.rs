@@ -30,6 +30,11 @@ const DEBIAN: Guest = Guest {
     kernel: "debian",
     options: &[],
 };
+/// Finds mistakes, and takes its time for it.
+const DEBUG: Guest = Guest {
+    kernel: "debug",
+    options: &["--memory", "2G"],
+};
 
 /// For as long as this is held, nobody else boots a guest.
 fn turn() -> MutexGuard<'static, ()> {
@@ -61,8 +66,9 @@ impl Guest {
     fn run_and(self, command: &[&str], mut act: impl FnMut(u32)) -> Ended {
         let _turn = turn();
         let log = log_file();
+        let timeout = if self.kernel == "debug" { "1200" } else { "300" };
         let mut child = Command::new(script("run"))
-            .args(["--kernel", self.kernel, "--timeout", "300", "--log"])
+            .args(["--kernel", self.kernel, "--timeout", timeout, "--log"])
             .arg(&log)
             .args(self.options)
             .arg("--")
@@ -301,6 +307,19 @@ macro_rules! on_each_kernel {
 }
 
 on_each_kernel! { guest_tests demonstration contention_ten_times device_loss }
+
+/// Whether it finds what is to be found, not how fast.
+mod debug {
+    #[test]
+    fn guest_tests() {
+        super::guest_tests(super::DEBUG);
+    }
+
+    #[test]
+    fn device_loss() {
+        super::device_loss(super::DEBUG);
+    }
+}
 
 /// A device whose TLB forgets nothing when it is told to loses increments, and has the GPU write where it must not.
 const STALE_TLB: Guest = Guest {

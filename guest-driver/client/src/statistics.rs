@@ -18,6 +18,12 @@ pub struct Statistics {
     pub unpins: u64,
     /// Pages that were mapped for the GPU without being pinned.
     pub mirrors: u64,
+    /// Pages that were moved to VRAM.
+    pub to_vram: u64,
+    /// Pages that came home from VRAM.
+    pub from_vram: u64,
+    /// Those of them that had to make room for others.
+    pub evictions: u64,
     /// Invalidations that the device was asked for.
     pub invalidations: u64,
     /// Submissions.
@@ -62,6 +68,9 @@ impl Statistics {
                 "pins" => &mut statistics.pins,
                 "unpins" => &mut statistics.unpins,
                 "mirrors" => &mut statistics.mirrors,
+                "to-vram" => &mut statistics.to_vram,
+                "from-vram" => &mut statistics.from_vram,
+                "evictions" => &mut statistics.evictions,
                 "invalidations" => &mut statistics.invalidations,
                 "submissions" => &mut statistics.submissions,
                 "commands" => &mut statistics.commands,
@@ -85,7 +94,8 @@ mod tests {
     #[test]
     fn statistics_of_an_fdinfo_file() {
         let text = "pos:\t0\nflags:\t0100002\npinion-driver:\tpinion\npinion-client-id:\t5\npinion-faults:\t12\n\
-                    pinion-pins:\t3\npinion-unpins:\t2\npinion-mirrors:\t5\npinion-invalidations:\t7\n\
+                    pinion-pins:\t3\npinion-unpins:\t2\npinion-mirrors:\t5\npinion-to-vram:\t8\n\
+                    pinion-from-vram:\t6\npinion-evictions:\t1\npinion-invalidations:\t7\n\
                     pinion-submissions:\t4\npinion-commands:\t40\npinion-completed:\t3\npinion-failed:\t1\n\
                     pinion-outstanding:\t1\npinion-engine-ring0:\t1500 ns\npinion-engine-ring1:\t0 ns\npinion-later:\t9\n";
         let expected = Statistics {
@@ -94,6 +104,9 @@ mod tests {
             pins: 3,
             unpins: 2,
             mirrors: 5,
+            to_vram: 8,
+            from_vram: 6,
+            evictions: 1,
             invalidations: 7,
             submissions: 4,
             commands: 40,
