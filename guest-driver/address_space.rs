@@ -32,7 +32,7 @@ use crate::{
     residency::{Mapped, Residency, Trouble},
     submission::Submissions,
     sync::ModuleQueue,
-    uapi,
+    trace, uapi,
     window::{Window, PAGE_SIZE, WINDOW_SIZE},
 };
 use core::ops::Range;
@@ -323,6 +323,11 @@ impl AddressSpace {
         Residency::home(self.gpu.memory(), &mm, range, pinned, wait)
     }
 
+    /// The GPU that it is on.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
     /// Its context on the device.
     pub(crate) fn context(&self) -> u32 {
         self.context
@@ -343,6 +348,17 @@ impl AddressSpace {
             return false;
         }
         self.statistics.faults.add(batch.len() as i64, Relaxed);
+        for fault in batch.iter() {
+            trace::fault(
+                self.gpu.number(),
+                self.context,
+                fault.ring.into(),
+                fault.va,
+                fault.length,
+                fault.access.into(),
+                fault.reason.into(),
+            );
+        }
         sort(&mut batch);
         while !batch.is_empty() {
             if self.is_closing() {
@@ -618,6 +634,7 @@ impl AddressSpace {
             }
         });
         self.statistics.pins.add(count, Relaxed);
+        trace::pin(self.gpu.number(), self.context, range.start as u64, count as u64);
         let result = if entries[0] == 0 {
             Err(EBUSY)
         } else {
@@ -686,6 +703,7 @@ impl AddressSpace {
             }
         });
         self.statistics.to_vram.add(count, Relaxed);
+        trace::migrate(self.gpu.number(), self.context, range.start as u64, count as u64);
         let result = match sequence.commit() {
             Ok(mut guard) => map_and_replay(&mut guard, range.start, &entries, batch),
             // They are there all the same; the next attempt finds them so.

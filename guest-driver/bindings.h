@@ -18,6 +18,7 @@
 #include <linux/virtio_config.h>
 
 #include "helpers.h"
+#include "pinion_trace.h"
 #include "uapi/pinion.h"
 
 /* Macros with casts are beyond bindgen; constants are not. (Those of HMM need 64 unsigned bits: see hmm/range.rs.) */

@@ -151,7 +151,7 @@ impl CopyEngine {
     }
 
     /// Its ring.
-    pub(crate) fn ring(&self) -> &Channel {
+    pub(crate) fn ring(&self) -> &Arc<Channel> {
         &self.ring
     }
 

@@ -22,6 +22,7 @@ use crate::{
     address_space::AddressSpace,
     chardev::{self, CharDevice},
     copy::{self, CopyEngine, Transfers},
+    debugfs,
     file::FileHandle,
     hmm::memory::PrivateMemory,
     residency::Residency,
@@ -209,6 +210,8 @@ pub(crate) struct Gpu {
     #[pin]
     node: Mutex<Option<Pin<KBox<Node>>>>,
     #[pin]
+    debug: Mutex<Option<Pin<KBox<debugfs::Directory>>>>,
+    #[pin]
     event_work: Work<Gpu, 0>,
     #[pin]
     loss_work: Work<Gpu, 1>,
@@ -365,6 +368,24 @@ impl Gpu {
     /// Whether the device is gone.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Acquire)
+    }
+
+    /// What is to be seen of this device in debugfs.
+    fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
+        let mut rings = KVec::new();
+        let mut queues = KVec::new();
+        let mut queue = |name, channel: &Arc<Channel>| queues.push((name, channel.clone()), GFP_KERNEL);
+        queue("control", &self.control)?;
+        queue("invalidate", &self.invalidation)?;
+        queue("event", &self.event)?;
+        for ring in &self.rings {
+            rings.push(ring.clone(), GFP_KERNEL)?;
+            queue("ring", ring.channel())?;
+        }
+        if let Some(copy) = &self.copy {
+            queue("copy", copy.ring())?;
+        }
+        debugfs::Directory::new(name, rings, queues)
     }
 
     /// Declares the device lost. It will be reset as soon as possible.
@@ -819,6 +840,7 @@ impl virtio::Driver for Gpu {
                 slots,
             )?;
         }
+        let number = Number::allocate()?;
         let contexts = Contexts::new(config.max_contexts as usize)?;
         let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
         let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
@@ -830,7 +852,7 @@ impl virtio::Driver for Gpu {
         for ring in 0..config.num_rings {
             let channel = transport.channel((abi::QUEUE_FIRST_RING + ring).into())?;
             if ring < rings_of_users {
-                rings.push(Ring::new(ring.into(), channel)?, GFP_KERNEL)?;
+                rings.push(Ring::new(number.0, ring.into(), channel)?, GFP_KERNEL)?;
             } else {
                 let engine = CopyEngine::new(contexts.reserve()?, channel, copy_batch)?;
                 copy = Some(KBox::pin_init(engine, GFP_KERNEL)?);
@@ -848,7 +870,7 @@ impl virtio::Driver for Gpu {
         Arc::pin_init(
             try_pin_init!(Self {
                 device: device.generic().into(),
-                number: Number::allocate()?,
+                number,
                 limits,
                 control,
                 invalidation,
@@ -862,6 +884,7 @@ impl virtio::Driver for Gpu {
                 stopped <- Completion::new(),
                 transport <- new_mutex!(Some(transport), "Gpu::transport"),
                 node <- new_mutex!(None, "Gpu::node"),
+                debug <- new_mutex!(None, "Gpu::debug"),
                 event_work <- new_work!("Gpu::event_work"),
                 loss_work <- new_work!("Gpu::loss_work"),
                 looking: Atomic::new(false),
@@ -883,6 +906,7 @@ impl virtio::Driver for Gpu {
             this.request(&request, "no answer to CONTEXT_CREATE")?;
         }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
+        *this.debug.lock() = Some(this.debug_directory(&name)?);
         let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         Ok(())
@@ -914,6 +938,8 @@ impl virtio::Driver for Gpu {
     fn remove(this: Arc<Self>) {
         let node = this.node.lock().take();
         drop(node);
+        let debug = this.debug.lock().take();
+        drop(debug);
         // As long as the device can still copy.
         Residency::evacuate(&this);
         this.stop();

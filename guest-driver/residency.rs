@@ -21,6 +21,7 @@ use crate::{
         migrate::{self, Source, Unmapped, What, MAX_PAGES},
         page::PinnedPage,
     },
+    trace,
 };
 use core::ops::Range;
 use kernel::{
@@ -259,6 +260,14 @@ impl<'a> Journey<'a> {
             });
             space.statistics().unpins.add(pinned, Relaxed);
             space.statistics().from_vram.add(vram, Relaxed);
+            // The first address: which of the run have come home is not told one by one.
+            let (gpu, context, va) = (space.gpu().number(), space.context(), run[0].mapped.va as u64);
+            if pinned > 0 {
+                trace::unpin(gpu, context, va, pinned as u64);
+            }
+            if vram > 0 {
+                trace::migrate_home(gpu, context, va, vram as u64);
+            }
         }
     }
 
@@ -447,6 +456,7 @@ impl Residency {
             let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, false, false);
             let gone = gone.unwrap_or(0);
             space.statistics().evictions.add(gone as i64, Relaxed);
+            trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
             count += gone;
         }
         count

@@ -17,7 +17,7 @@ use crate::{
     eventfd::EventFd,
     fence::{End, Timeline},
     sync::ModuleQueue,
-    uapi,
+    trace, uapi,
     virtio::{Answered, Channel},
 };
 use kernel::{
@@ -75,8 +75,18 @@ struct Job {
 }
 
 impl Job {
-    fn end(&self, end: End) {
+    /// `number` is that in the order of the ring, or 0 if it has none.
+    fn end(&self, number: u64, end: End) {
         let end = self.timeline.end(self.sequence, self.commands, end);
+        let ring = &self.ring;
+        trace::complete(
+            ring.gpu,
+            ring.number,
+            self.context,
+            self.sequence,
+            number,
+            end.status,
+        );
         self.ring.counters.ended(&end);
         if let Some(eventfd) = &self.eventfd {
             eventfd.signal();
@@ -104,7 +114,7 @@ impl Answered for Job {
         self.ring.counters.busy.add(busy, Relaxed);
         self.timeline.in_flight.fetch_sub(1, Full);
         self.ring.in_flight.fetch_sub(1, Full);
-        self.end(end);
+        self.end(tag, end);
     }
 }
 
@@ -182,6 +192,7 @@ impl Counters {
 /// A command ring.
 #[pin_data]
 pub(crate) struct Ring {
+    gpu: u32,
     number: u32,
     channel: Arc<Channel>,
     #[pin]
@@ -211,8 +222,8 @@ impl WorkItem for Ring {
 }
 
 impl Ring {
-    /// The ring of that number, over its channel.
-    pub(crate) fn new(number: u32, channel: Arc<Channel>) -> Result<Arc<Self>> {
+    /// The ring of that number, of the GPU of that number, over its channel.
+    pub(crate) fn new(gpu: u32, number: u32, channel: Arc<Channel>) -> Result<Arc<Self>> {
         let state = State {
             sent: 0,
             turn: 0,
@@ -220,6 +231,7 @@ impl Ring {
         };
         Arc::pin_init(
             pin_init!(Self {
+                gpu,
                 number,
                 channel,
                 state <- new_mutex!(state, "Ring::state"),
@@ -238,6 +250,11 @@ impl Ring {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// What it sends over.
+    pub(crate) fn channel(&self) -> &Arc<Channel> {
+        &self.channel
     }
 
     /// Its number.
@@ -321,7 +338,18 @@ impl Ring {
             // Counted first: the answer may be faster than what comes after sending.
             job.timeline.in_flight.fetch_add(1, Full);
             self.in_flight.fetch_add(1, Full);
-            let posted = self.channel.try_post(job.clone(), sequence, &mut queued.buffer);
+            let posted = self
+                .channel
+                .try_post(job.clone(), sequence, &mut queued.buffer, || {
+                    trace::submit(
+                        self.gpu,
+                        self.number,
+                        job.context,
+                        job.sequence,
+                        sequence,
+                        job.commands as u32,
+                    );
+                });
             if posted != Ok(true) {
                 job.timeline.in_flight.fetch_sub(1, Full);
                 self.in_flight.fetch_sub(1, Full);
@@ -339,7 +367,7 @@ impl Ring {
                     self.counters.full.add(1, Relaxed);
                     break;
                 }
-                Err(_) => job.end(End::new(uapi::STATUS_DEVICE_LOST)),
+                Err(_) => job.end(0, End::new(uapi::STATUS_DEVICE_LOST)),
             }
             drop(state.queue.remove(&key));
             self.queued.fetch_sub(1, Full);
@@ -374,7 +402,7 @@ impl Ring {
             };
             if let Some(queued) = state.queue.remove(&key) {
                 self.queued.fetch_sub(1, Full);
-                queued.job.end(End::new(abi::STATUS_NO_CONTEXT));
+                queued.job.end(0, End::new(abi::STATUS_NO_CONTEXT));
             }
         }
     }

@@ -7,6 +7,7 @@ use crate::{
     address_space::Statistics,
     gpu::Gpu,
     hmm::notifier::{Event, Mirror, Owner},
+    trace,
 };
 use core::ops::Range;
 use kernel::{
@@ -109,6 +110,8 @@ impl Window {
         // INVARIANT: After this, the device gives no rights to these pages.
         self.gpu
             .invalidate(self.context, self.va(pages.start)..self.va(pages.end));
+        let count = pages.len() as u64;
+        trace::invalidate(self.gpu.number(), self.context, self.va(pages.start), count);
         for rights in &mut self.rights[pages] {
             self.mapped -= usize::from(*rights != 0);
             *rights = 0;
