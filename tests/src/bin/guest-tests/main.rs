@@ -9,6 +9,7 @@ mod access;
 mod commands;
 mod interface;
 mod lifetime;
+mod observing;
 mod ownership;
 mod submitting;
 mod support;
@@ -38,6 +39,7 @@ fn all() -> Vec<Test> {
         access::TESTS,
         ownership::TESTS,
         lifetime::TESTS,
+        observing::TESTS,
     ]
     .concat()
 }
