@@ -71,6 +71,8 @@ struct Outstanding {
     /// Submissions that have not ended, and the commands in them.
     submissions: usize,
     commands: usize,
+    /// The device is lost.
+    lost: bool,
 }
 
 /// Counters of a file's work.
@@ -105,6 +107,7 @@ impl Progress {
             unread: 0,
             submissions: 0,
             commands: 0,
+            lost: false,
         };
         Arc::pin_init(
             try_pin_init!(Self {
@@ -198,19 +201,23 @@ impl Progress {
         }
     }
 
-    /// Whether [`Progress::read`] has something to tell.
-    pub(crate) fn has_news(&self) -> bool {
-        self.outstanding.lock().unread > 0
+    /// The device is lost: when what is outstanding has ended there will be no more.
+    pub(crate) fn lose(&self) {
+        self.outstanding.lock().lost = true;
+        self.changed.notify_all();
     }
 
     /// How many submissions have ended since this was last called; waits for one.
     ///
     /// # Errors
     ///
-    /// EAGAIN: none has, and the caller does not want to wait. ERESTARTSYS.
+    /// EAGAIN: none has, and the caller does not want to wait. ERESTARTSYS. ENODEV: none has, and none will.
     pub(crate) fn read(&self, may_wait: bool) -> Result<u64> {
         let mut outstanding = self.outstanding.lock();
         while outstanding.unread == 0 {
+            if outstanding.lost && outstanding.submissions == 0 {
+                return Err(ENODEV);
+            }
             if !may_wait {
                 return Err(EAGAIN);
             }
@@ -237,6 +244,9 @@ impl Progress {
         }
         if outstanding.has_room(1) {
             ready |= bindings::POLLOUT | bindings::POLLWRNORM;
+        }
+        if outstanding.lost {
+            ready |= bindings::POLLERR | bindings::POLLHUP;
         }
         ready
     }

@@ -12,7 +12,7 @@ use kernel::{
     fs::{File, LocalFile},
     module::this_module,
     prelude::*,
-    sync::{aref::ARef, poll::PollTable, Arc, ArcBorrow},
+    sync::{aref::ARef, poll::PollTable, Arc, ArcBorrow, SetOnce},
     types::ForeignOwnable,
 };
 
@@ -30,9 +30,32 @@ static OPERATIONS: Operations = Operations(bindings::file_operations {
     ..pin_init::zeroed()
 });
 
-/// Makes a file of a fence.
-pub(crate) fn new(fence: Fence) -> Result<ARef<File>> {
-    let private = Arc::new(fence, GFP_KERNEL)?.into_foreign();
+/// What is behind such a file. Nobody else has the file before the fence is there.
+type Private = Arc<SetOnce<Fence>>;
+
+/// A file for a fence that is still to come: whatever can fail has been done.
+pub(crate) struct FenceFile {
+    file: ARef<File>,
+    fence: Private,
+}
+
+impl FenceFile {
+    /// Makes the file.
+    pub(crate) fn new() -> Result<Self> {
+        let fence = Arc::new(SetOnce::new(), GFP_KERNEL)?;
+        let file = new(fence.clone())?;
+        Ok(Self { file, fence })
+    }
+
+    /// The file, which stands for `fence` from now on.
+    pub(crate) fn of(self, fence: Fence) -> ARef<File> {
+        self.fence.populate(fence);
+        self.file
+    }
+}
+
+fn new(private: Private) -> Result<ARef<File>> {
+    let private = private.into_foreign();
     // SAFETY: The operations live as long as the module, to which the file takes a reference; they take the private
     // data for what it is.
     let file = unsafe {
@@ -49,7 +72,7 @@ pub(crate) fn new(fence: Fence) -> Result<ARef<File>> {
         Ok(file) => Ok(unsafe { ARef::from_raw(file.cast::<File>()) }),
         Err(error) => {
             // SAFETY: There is no file that would own it.
-            drop(unsafe { Arc::<Fence>::from_foreign(private) });
+            drop(unsafe { Private::from_foreign(private) });
             Err(error)
         }
     }
@@ -68,8 +91,8 @@ pub(crate) fn get(descriptor: u32) -> Result<Fence> {
         return Err(EINVAL);
     }
     // SAFETY: A file with these operations was made by `new`, and is not released while we have a reference to it.
-    let fence: ArcBorrow<'_, Fence> = unsafe { Arc::borrow((*file.as_ptr()).private_data) };
-    Ok((*fence).clone())
+    let fence: ArcBorrow<'_, SetOnce<Fence>> = unsafe { Arc::borrow((*file.as_ptr()).private_data) };
+    fence.as_ref().cloned().ok_or(EINVAL)
 }
 
 /// # Safety
@@ -77,7 +100,7 @@ pub(crate) fn get(descriptor: u32) -> Result<Fence> {
 /// To be called by the kernel, with a file that was made by `new`, once.
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     // SAFETY: `new` has put it there, and nobody uses it any more.
-    drop(unsafe { Arc::<Fence>::from_foreign((*file).private_data) });
+    drop(unsafe { Private::from_foreign((*file).private_data) });
     0
 }
 
@@ -86,10 +109,12 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
 /// To be called by the kernel, with a file that was made by `new`.
 unsafe extern "C" fn poll(file: *mut bindings::file, table: *mut bindings::poll_table) -> bindings::__poll_t {
     // SAFETY: `new` has put it there, and it stays until `release`.
-    let fence: ArcBorrow<'_, Fence> = unsafe { Arc::borrow((*file).private_data) };
+    let fence: ArcBorrow<'_, SetOnce<Fence>> = unsafe { Arc::borrow((*file).private_data) };
     // SAFETY: The kernel has a reference to the file, whose position nobody uses.
     let file = unsafe { File::from_raw_file(file) };
     // SAFETY: Null, or valid during the call.
     let table = unsafe { PollTable::from_raw(table) };
-    fence.timeline.poll(fence.sequence, file, table)
+    fence
+        .as_ref()
+        .map_or(0, |fence| fence.timeline.poll(fence.sequence, file, table))
 }

@@ -9,7 +9,7 @@ use crate::{
     chardev::{self, CharDevice},
     eventfd::EventFd,
     fence::{Progress, Waited, MAX_COMMANDS, MAX_SUBMISSIONS},
-    fence_file,
+    fence_file::{self, FenceFile},
     gpu::Gpu,
     hmm::migrate,
     ring::{Fence, Request},
@@ -119,15 +119,12 @@ impl MiscDevice for FileHandle {
 
     fn read_iter(kiocb: Kiocb<'_, Self::Ptr>, output: &mut IovIterDest<'_>) -> Result<usize> {
         let this = kiocb.file();
-        this.check_owner()?;
+        // Not only for the check: a file without an address space is not told when the device is lost.
+        this.owned()?;
         if output.len() < size_of::<u64>() {
             return Err(EINVAL);
         }
         let may_wait = !chardev::is_nonblocking(&kiocb);
-        // A device that is lost ends all work; what is not there by then does not come.
-        if this.gpu.is_lost() && this.progress.outstanding() == 0 && !this.progress.has_news() {
-            return Err(ENODEV);
-        }
         let count = this.progress.read(may_wait)?;
         match output.copy_to_iter(count.as_bytes()) {
             size if size == size_of::<u64>() => Ok(size),
@@ -145,12 +142,7 @@ impl MiscDevice for FileHandle {
 
 impl chardev::Poll for FileHandle {
     fn poll(this: Pin<&Self>, file: &File, table: PollTable<'_>) -> u32 {
-        let ready = this.progress.poll(file, table);
-        if this.gpu.is_lost() {
-            ready | bindings::POLLERR | bindings::POLLHUP
-        } else {
-            ready
-        }
+        this.progress.poll(file, table)
     }
 }
 
@@ -263,9 +255,8 @@ impl FileHandle {
         };
         let wants_fence = request.flags & uapi::SUBMIT_FENCE != 0;
         let descriptor = if wants_fence {
-            Some(FileDescriptorReservation::get_unused_fd_flags(
-                bindings::O_CLOEXEC,
-            )?)
+            let descriptor = FileDescriptorReservation::get_unused_fd_flags(bindings::O_CLOEXEC)?;
+            Some((descriptor, FenceFile::new()?))
         } else {
             None
         };
@@ -277,11 +268,11 @@ impl FileHandle {
         };
         request.sequence = submissions.submit(request.ring, work, may_wait)?;
         // From here on the work is queued, and goes on whatever comes of telling so.
-        let Some(descriptor) = descriptor else {
+        let Some((descriptor, file)) = descriptor else {
             return uapi::write(arg, request.size, &request);
         };
         request.fence = descriptor.reserved_fd() as i32;
-        let file = fence_file::new(submissions.fence(request.ring, request.sequence)?)?;
+        let file = file.of(submissions.fence(request.ring, request.sequence)?);
         uapi::write(arg, request.size, &request)?;
         descriptor.fd_install(file);
         Ok(())

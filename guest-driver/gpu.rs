@@ -180,6 +180,11 @@ impl Contexts {
             .sum()
     }
 
+    /// How many there can be.
+    fn count(&self) -> u32 {
+        self.leaving.len() as u32
+    }
+
     /// The address space of a context.
     pub(crate) fn get(&self, context: u32) -> Option<Arc<AddressSpace>> {
         self.table.lock().get(context as usize).cloned().flatten()
@@ -414,6 +419,11 @@ impl Gpu {
         // What had not gone to it ends as well.
         for ring in &self.rings {
             ring.pump();
+        }
+        for context in 0..self.contexts.count() {
+            if let Some(space) = self.contexts.get(context) {
+                space.submissions().lose();
+            }
         }
     }
 

@@ -133,7 +133,7 @@ impl Submissions {
     /// Waits until all of the awaited submissions have ended, or any, for at most that many milliseconds, or for ever.
     pub(crate) fn wait(&self, awaited: &[Awaited], any: bool, timeout: Option<u64>) -> Waited {
         let jiffies = timeout.map_or(FOREVER, |timeout| {
-            Msecs::try_from(timeout).map_or(FOREVER, |timeout| msecs_to_jiffies(timeout))
+            Msecs::try_from(timeout).map_or(FOREVER, msecs_to_jiffies)
         });
         match awaited {
             [one] => self.wait_for(one, jiffies),
@@ -158,6 +158,11 @@ impl Submissions {
             Ok(timeline) => timeline.wait(one.sequence, jiffies),
             Err(_) => Waited::Done,
         }
+    }
+
+    /// The device is lost, and all work has ended or is about to: nobody need wait for more.
+    pub(crate) fn lose(&self) {
+        self.progress.lose();
     }
 
     /// Ends what has not gone to the device. The context has ended, and with it what had.
