@@ -11,6 +11,7 @@ mod interface;
 mod lifetime;
 mod ownership;
 mod support;
+mod vram;
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -35,6 +36,7 @@ fn all() -> Vec<Test> {
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        vram::TESTS,
         lifetime::TESTS,
     ]
     .concat()
