@@ -460,8 +460,10 @@ impl AddressSpace {
         let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
         let vram = match policy.atomics {
             Atomics::Migrate if atomic => true,
+            Atomics::Auto => policy.location == Location::Vram,
             _ => !atomic && policy.location == Location::Vram,
         };
+        let must = atomic && policy.atomics == Atomics::Migrate;
         if vram && self.has_vram() && self.is_at_home(&mm, &window, va)? {
             let base = va & !(WINDOW_SIZE - 1);
             let around = base.max(alike.start)..(base + WINDOW_SIZE).min(alike.end);
@@ -470,7 +472,13 @@ impl AddressSpace {
                 Ok(()) | Err(EAGAIN) => return result,
                 // What cannot get there stays where it is.
                 Err(_) if !batch.iter().any(|other| other.fault == fault.fault) => return Ok(()),
-                Err(_) if !atomic => {}
+                Err(_) if !must => {}
+                Err(EINVAL) => return Err(EOPNOTSUPP),
+                Err(EBUSY) => {
+                    // It may be swapped out, or on its way.
+                    read_page(&mut window.begin(), &mm, va, Wanted::Write, None)?;
+                    return Err(EAGAIN);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -535,7 +543,9 @@ impl AddressSpace {
             Found::Device { page, writable, .. } => {
                 let (_, mapped) = memory.get(page).ok_or(EAGAIN)?;
                 if mapped.context != self.context || (write && !writable) {
-                    read_page(&mut sequence, mm, va, wanted, None)?;
+                    if read_range(&mut sequence, mm, range, wanted, None).is_err() {
+                        read_page(&mut sequence, mm, va, wanted, None)?;
+                    }
                     return Err(EAGAIN);
                 }
             }
@@ -683,7 +693,8 @@ impl AddressSpace {
         let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
         plan.fill(memory, &mut unmapped, page(wanted.start)..page(wanted.end))?;
         if plan.count == 0 {
-            return Err(ENOSPC);
+            // EBUSY if there is nothing that could be moved.
+            return Err(unmapped.sources().next().map_or(EBUSY, |_| ENOSPC));
         }
         self.gpu.transfer(&plan.transfers)?;
         let mut entries = KVec::from_elem(0, unmapped.len(), GFP_KERNEL)?;

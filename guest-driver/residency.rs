@@ -273,9 +273,20 @@ impl<'a> Journey<'a> {
 
     /// Takes note that the pages from `index` on have got home.
     fn arrive(&mut self, index: usize, count: usize) {
-        for traveller in &mut self.travellers {
-            traveller.home |= (index..index + count).contains(&traveller.index);
+        for traveller in self.find(index..index + count) {
+            traveller.home = true;
         }
+    }
+
+    /// Those with indices in `range`. (They are sorted by index.)
+    fn find(&mut self, range: Range<usize>) -> &mut [Traveller] {
+        let first = self
+            .travellers
+            .partition_point(|traveller| traveller.index < range.start);
+        let end = self
+            .travellers
+            .partition_point(|traveller| traveller.index < range.end);
+        &mut self.travellers[first..end]
     }
 
     /// Puts those back into the table that stay where they were.
@@ -355,8 +366,7 @@ impl Residency {
         let moved = unmapped.advance(|index, outcome| match outcome {
             migrate::Outcome::Home(order) => journey.arrive(index, 1 << order),
             migrate::Outcome::Stayed(Some(pinned)) => {
-                let mut travellers = journey.travellers.iter_mut();
-                if let Some(traveller) = travellers.find(|traveller| traveller.index == index) {
+                if let [traveller] = journey.find(index..index + 1) {
                     traveller.pinned = Some(pinned);
                 }
             }

@@ -13,6 +13,7 @@ mod observing;
 mod ownership;
 mod submitting;
 mod support;
+mod vram;
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -38,6 +39,7 @@ fn all() -> Vec<Test> {
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        vram::TESTS,
         lifetime::TESTS,
         observing::TESTS,
     ]
