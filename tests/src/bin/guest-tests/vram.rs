@@ -51,12 +51,13 @@ const HUGE: usize = 2 << 20;
 /// The state of a page that is in VRAM.
 const IN_VRAM: u32 = 2;
 /// `PINION_ADVISE_LOCATION`, `PINION_ADVISE_ATOMICS` (to migrate), and what stands for a prefetch.
-const LOCATION: u32 = 2;
-const ATOMICS_MIGRATE: (u32, u32) = (3, 3);
-const PREFETCH: u32 = 4;
+const LOCATION: u32 = uapi::ADVISE_LOCATION;
+const ATOMICS_MIGRATE: (u32, u32) = (uapi::ADVISE_ATOMICS, uapi::ATOMICS_MIGRATE);
+/// Not advice, but a request of its own.
+const PREFETCH: u32 = u32::MAX;
 /// `PINION_LOCATION_*`.
-const SYSTEM: u32 = 1;
-const VRAM: u32 = 2;
+const SYSTEM: u32 = uapi::LOCATION_SYSTEM;
+const VRAM: u32 = uapi::LOCATION_VRAM;
 
 fn advise(gpu: &Gpu, memory: &Mapping, advice: u32, value: u32) -> Result<(), Failure> {
     advise_part(gpu, memory, 0, memory.len(), advice, value)
@@ -70,8 +71,20 @@ fn advise_part(
     advice: u32,
     value: u32,
 ) -> Result<(), Failure> {
+    let address = memory.at(offset).addr() as u64;
+    if advice == PREFETCH {
+        let mut argument = uapi::Prefetch {
+            address,
+            length: length as u64,
+            location: value,
+            ..uapi::Argument::new()
+        };
+        // SAFETY: It points to nothing; what it moves keeps its content.
+        return unsafe { uapi::ioctl(gpu.as_fd(), &mut argument) }
+            .map_err(|error| format!("prefetching to {value}: {error}").into());
+    }
     let mut argument = uapi::Advise {
-        address: memory.at(offset).addr() as u64,
+        address,
         length: length as u64,
         advice,
         value,
@@ -703,7 +716,7 @@ fn vram_is_free_after_processes_were_killed() -> TestResult {
     // Three quarters of it each time: without eviction there is room only if it comes back.
     let count = vram / HUGE * 3 / 4;
     for round in 0..4 {
-        let (mut ready, mut told) = pinion_tests::process::pipe().map(|(reader, writer)| (reader, writer))?;
+        let (mut ready, mut told) = pinion_tests::process::pipe()?;
         let child = fork(|| {
             use std::io::Write as _;
             let kept = in_vram(count, libc::MADV_HUGEPAGE, round)?;
