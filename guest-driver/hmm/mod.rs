@@ -6,10 +6,12 @@
 //!   was read from the CPU's page table is known to be still true;
 //! - [`range`]: reading (and faulting in) a range of the CPU's page table;
 //! - [`migrate`]: moving or pinning pages;
-//! - [`memory`]: device-private memory, the struct pages that stand in for pages which the device has.
+//! - [`memory`]: device-private memory, the struct pages that take the place of pages which the device has, and
+//!   [`blocks`], by which they are allocated.
 //!
 //! Kernel documentation: `Documentation/mm/hmm.rst`.
 
+pub(crate) mod blocks;
 pub(crate) mod memory;
 pub(crate) mod migrate;
 pub(crate) mod notifier;

@@ -22,18 +22,21 @@ struct Guest {
     options: &'static [&'static str],
 }
 
+/// Several rings for programs, and one that the driver has for itself.
+const RINGS: &[&str] = &["--rings", "4"];
+
 const PIN: Guest = Guest {
     kernel: "pin",
-    options: &[],
+    options: RINGS,
 };
 const DEBIAN: Guest = Guest {
     kernel: "debian",
-    options: &[],
+    options: RINGS,
 };
 /// Finds mistakes, and takes its time for it.
 const DEBUG: Guest = Guest {
     kernel: "debug",
-    options: &["--memory", "2G"],
+    options: &["--memory", "2G", RINGS[0], RINGS[1]],
 };
 
 /// For as long as this is held, nobody else boots a guest.
@@ -277,6 +280,22 @@ fn devices_of(run: u32) -> Vec<i32> {
         .collect()
 }
 
+/// The client's examples, and those in C, do what they are there to show.
+fn examples(guest: Guest) {
+    let names = ["counter", "pipeline", "residency", "submit", "submit32"];
+    let script = names
+        .map(|name| format!("{name} && echo {name} is done"))
+        .join(" && ");
+    let ended = guest.run(&["sh", "-c", &script]).must_succeed();
+    for name in names {
+        assert!(
+            ended.stdout().contains(&format!("{name} is done")),
+            "{name}:\n{}",
+            ended.everything()
+        );
+    }
+}
+
 /// A device that is gone leaves nobody stuck, and takes no data with it.
 fn device_loss(guest: Guest) {
     let mut killed = 0;
@@ -306,7 +325,7 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests demonstration contention_ten_times device_loss }
+on_each_kernel! { guest_tests examples demonstration contention_ten_times device_loss }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinion_client::{Command, Gpu, PageState, Status};
+use pinion_client::{Command, Gpu, PageState, Status, Submit};
 use pinion_tests::{DEVICE, Failure, Mapping};
 
 /// Longest time that anything may take when there is no device.
@@ -29,7 +29,12 @@ fn run() -> Result<(), Failure> {
     }
     let command = Command::atomic_add(busy.as_ptr().cast::<u64>(), 1).repeat(u32::MAX);
     // SAFETY: As above.
-    let work = unsafe { gpu.submit(0, &[command]) }?;
+    let submitted = unsafe { Submit::new(0).fence().send(&gpu, &[command]) }?;
+    let (work, fence) = (submitted.work, submitted.fence.ok_or("no fence")?);
+    // What the driver holds back, as it waits for what the device is at.
+    let held = Submit::new(gpu.info()?.rings - 1).after(work);
+    // SAFETY: The command does nothing.
+    let held = unsafe { held.send(&gpu, &[Command::nop()]) }?.work;
     if gpu
         .query(pinned.as_ptr(), pinned.len())?
         .iter()
@@ -41,11 +46,31 @@ fn run() -> Result<(), Failure> {
     println!("ready");
     std::io::stdout().flush()?;
     // There is no telling when the device is killed, only that it is soon: the wait is for that, too.
+    // It waits without asking the driver for anything, which has to find out by itself.
     let started = Instant::now();
-    let completion = gpu.wait(work, BOUND * 2)?;
-    println!("the wait ended after {:?}: {completion:?}", started.elapsed());
-    if completion.status != Status::DeviceLost || started.elapsed() > BOUND {
-        return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
+    if !fence.wait(BOUND * 2)? {
+        return Err("the fence has not passed".into());
+    }
+    for work in [work, held] {
+        let completion = gpu.wait(work, BOUND * 2)?;
+        println!("the wait ended after {:?}: {completion:?}", started.elapsed());
+        if completion.status != Status::DeviceLost || started.elapsed() > BOUND {
+            return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
+        }
+    }
+    // All three are told of, and then that there will be no more.
+    let mut ended = 0;
+    let error = loop {
+        match gpu.ended(BOUND) {
+            Ok(count) => ended += count,
+            Err(error) => break error,
+        }
+        if started.elapsed() > BOUND {
+            return Err("reading does not end".into());
+        }
+    };
+    if ended != 3 || error.errno() != Some(libc::ENODEV) {
+        return Err(format!("{ended} have ended, then {error}").into());
     }
 
     let started = Instant::now();

@@ -9,8 +9,11 @@ mod access;
 mod commands;
 mod interface;
 mod lifetime;
+mod observing;
 mod ownership;
+mod submitting;
 mod support;
+mod vram;
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -32,10 +35,13 @@ const SELECTED: &str = "PINION_TEST";
 fn all() -> Vec<Test> {
     [
         interface::TESTS,
+        submitting::TESTS,
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        vram::TESTS,
         lifetime::TESTS,
+        observing::TESTS,
     ]
     .concat()
 }
