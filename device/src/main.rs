@@ -10,6 +10,10 @@ use pinion_device::cli::Command;
 use pinion_device::{control, daemon, transport};
 
 fn main() -> ExitCode {
+    if cfg!(feature = "model") {
+        eprintln!("pinion-device: this was built with the feature 'model', for tests only");
+        return ExitCode::FAILURE;
+    }
     // The library logs at the guest's bidding what is logged here once; RUST_LOG brings it back.
     let quiet = "warn,virtio_queue=off,vhost_user_backend=error";
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(quiet)).init();

@@ -106,7 +106,7 @@ fn with_fd(socket: OwnedFd) -> std::process::Child {
     Command::new("sh")
         .args([
             "-c",
-            r#"exec "$0" --fd 3 --vram 64M 3<&0 </dev/null"#,
+            r#"exec "$0" --sandbox --fd 3 --vram 64M 3<&0 </dev/null"#,
             env!("CARGO_BIN_EXE_pinion-device"),
         ])
         .stdin(socket)

@@ -54,20 +54,22 @@ pub struct Tally {
     pub operations: u64,
     /// Bytes of system memory loaded and stored.
     pub bus: u64,
-    /// Accesses by region, for the context whose accesses are counted: (start of the region, `COUNT_*`, number).
+    /// Accesses by region, for the context whose accesses are counted: (start of the region, `COUNT_*`, number). A
+    /// region can be there more than once.
     pub accesses: Vec<(u64, u32, u64)>,
 }
 
 impl Tally {
-    /// Most regions that one stay inside the gate can touch; more are not told apart, which a stay is too short for.
-    const REGIONS: usize = 64;
+    /// How many entries back a region is looked for. Not found there it gets another entry: a stay inside the gate is
+    /// too short for more than some hundreds.
+    const RECENT: usize = 4;
 
     fn access(&mut self, va: u64, target: u32) {
         let region = va & !(LARGE_PAGE_SIZE - 1);
         let same = |entry: &&mut (u64, u32, u64)| entry.0 == region && entry.1 == target;
-        if let Some(entry) = self.accesses.iter_mut().rev().find(same) {
+        if let Some(entry) = self.accesses.iter_mut().rev().take(Self::RECENT).find(same) {
             entry.2 = entry.2.saturating_add(1);
-        } else if self.accesses.len() < Self::REGIONS {
+        } else {
             self.accesses.push((region, target, 1));
         }
     }
@@ -149,11 +151,15 @@ impl<'a> Window<'a> {
     /// Whether `va` can be accessed. Leaves no trace in the TLB.
     pub fn is_accessible(&self, va: u64, access: u8) -> bool {
         let found = self.context.table.read().get(va);
-        found.is_some_and(|found| found.pte & PTE_POISONED == 0 && lacking(found.pte, access) == 0)
+        found.is_some_and(|found| {
+            let is_lost = found.pte & PTE_POISONED != 0
+                || (found.pte & PTE_VRAM != 0 && self.vram.is_poisoned(found.address_of(va)));
+            !is_lost && lacking(found.pte, access) == 0
+        })
     }
 
     /// Up to `length` bytes at `va`, all of them in the page that `to` translates: fewer, but not beyond the end of a
-    /// small page, where memory ends inside a large one.
+    /// small page, where memory ends inside a large one, or may have been lost in it.
     pub fn slice(&self, to: Translation, va: u64, length: u64) -> Result<VolatileSlice<'a>, Trouble> {
         self.slice_at(to, to.address_of(va), length)
             .ok_or(Trouble::Bus(va))
@@ -168,6 +174,10 @@ impl<'a> Window<'a> {
                 self.memory.slice(address, length as usize)
             }
         };
+        // What `translate` has found to be well is the small page at `address`.
+        if to.pte & PTE_VRAM != 0 && self.vram.has_poison() {
+            return slice(here);
+        }
         slice(length).or_else(|| if here < length { slice(here) } else { None })
     }
 

@@ -6,9 +6,9 @@
 //! caught up with it, and meanwhile its engine can serve others.
 
 use std::num::NonZeroU64;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use crate::sync::{Instant, Mutex, now};
 
 /// How far behind the bus may be without anybody waiting, so that late wake-ups of the host cost no bandwidth.
 const SLACK: Duration = Duration::from_millis(1);
@@ -28,7 +28,7 @@ impl Bus {
         Self {
             latency,
             bandwidth,
-            free: Mutex::new(Instant::now().checked_sub(SLACK).unwrap_or_else(Instant::now)),
+            free: Mutex::new(now().checked_sub(SLACK).unwrap_or_else(now)),
         }
     }
 

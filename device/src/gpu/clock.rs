@@ -2,7 +2,7 @@
 
 //! Device time.
 
-use std::time::Instant;
+use crate::sync::{Instant, now};
 
 /// Counts nanoseconds since the device was made.
 #[derive(Debug)]
@@ -10,14 +10,14 @@ pub struct Clock(Instant);
 
 impl Default for Clock {
     fn default() -> Self {
-        Self(Instant::now())
+        Self(now())
     }
 }
 
 impl Clock {
     /// The time; never zero, which stands for none.
     pub fn now(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_nanos())
+        u64::try_from(now().saturating_duration_since(self.0).as_nanos())
             .unwrap_or(u64::MAX)
             .max(1)
     }

@@ -9,14 +9,13 @@
 //! ```
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
 use pinion_abi as abi;
 
 use super::page_table::{Budget, PageTable};
 use super::status::Error;
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, RwLock};
 
 /// Number of contexts; their ids are below it.
 pub const MAX_CONTEXTS: u32 = 1024;
@@ -101,7 +100,7 @@ impl Context {
     }
 
     /// Has the submissions in front of these positions end, and takes it out of error.
-    fn reset(&self, positions: &[u64]) {
+    pub fn reset(&self, positions: &[u64]) {
         for (first, &position) in self.reset.iter().zip(positions) {
             first.fetch_max(position, Ordering::AcqRel);
         }
@@ -170,18 +169,6 @@ impl Contexts {
         Ok(context)
     }
 
-    /// Has the work that is in front of these positions end with RESET, and takes the context out of error.
-    pub fn reset(&self, id: u32, positions: &[u64]) -> Result<(), Error> {
-        // Under the lock, so that whoever removes it comes later and has the last word.
-        match self.map.lock().get(&id) {
-            Some(context) => {
-                context.reset(positions);
-                Ok(())
-            }
-            None => Err(Error::NoContext),
-        }
-    }
-
     /// Takes all out, because the device is reset.
     pub fn remove_all(&self) {
         for (_, context) in self.map.lock().drain() {
@@ -214,7 +201,7 @@ mod tests {
         assert!(!context.fail(Error::Hung));
         assert_eq!(context.check(0, 5), Err(Error::ContextError));
         assert_eq!(context.status(), abi::STATUS_BUS_ERROR);
-        contexts.reset(3, &[9]).unwrap();
+        context.reset(&[9]);
         assert_eq!(context.check(0, 8), Err(Error::Reset));
         assert_eq!(context.check(0, 9), Ok(()));
         assert_eq!(context.status(), abi::STATUS_OK);
@@ -222,7 +209,8 @@ mod tests {
         assert_eq!(context.check(0, 9), Err(Error::NoContext));
         assert!(!context.fail(Error::Bus));
         assert_eq!(contexts.remove(3).unwrap_err(), Error::NoContext);
-        assert_eq!(contexts.reset(3, &[9]), Err(Error::NoContext));
+        context.reset(&[9]);
+        assert_eq!(context.check(0, 9), Err(Error::NoContext));
         contexts.create(4, vec![0]).unwrap();
         let context = contexts.get(4).unwrap();
         contexts.remove_all();

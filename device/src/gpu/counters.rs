@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_ACCESS_COUNT, EventRecord, LARGE_PAGE_SIZE};
 
 use super::event::EventLog;
 use super::request::Count;
 use super::status::Error;
+use crate::sync::Mutex;
 
 /// Most regions whose accesses are counted at a time.
 pub const MAX_COUNTERS: u32 = 4096;
@@ -28,8 +28,9 @@ struct Counter {
 pub struct Counters(Mutex<BTreeMap<(u32, u64), Counter>>);
 
 impl Counters {
-    /// Sets, or removes, the counters of a range. Says whether the context has any then.
-    pub fn set(&self, request: &Count) -> Result<bool, Error> {
+    /// Sets, or removes, the counters of a range. Says whether the context has any then. What those that were there
+    /// have put into `log` goes with them.
+    pub fn set(&self, request: &Count, log: &EventLog) -> Result<bool, Error> {
         let Count {
             context,
             va,
@@ -54,6 +55,7 @@ impl Counters {
         for key in known {
             counters.remove(&key);
         }
+        log.forget_counts(context, va, end);
         if threshold > 0 {
             for start in (va..end).step_by(LARGE_PAGE_SIZE as usize) {
                 let counter = Counter {
@@ -140,7 +142,7 @@ mod tests {
     fn thresholds_are_told_once() {
         let counters = Counters::default();
         let log = EventLog::default();
-        assert_eq!(counters.set(&count(1, 2..4, 10)), Ok(true));
+        assert_eq!(counters.set(&count(1, 2..4, 10), &log), Ok(true));
         let add = |context, region, target, number| {
             counters.add(context, 0, &[(region * REGION, target, number)], &log)
         };
@@ -159,23 +161,24 @@ mod tests {
         assert_eq!((event.length, log.len()), (11, 0));
         assert_eq!(counters.get(1, 2 * REGION + 5), 13);
         // Set anew it counts from zero, and tells again.
-        assert_eq!(counters.set(&count(1, 2..3, 1)), Ok(true));
+        assert_eq!(counters.set(&count(1, 2..3, 1), &log), Ok(true));
         assert_eq!(add(1, 2, COUNT_SYSTEM, 1), 1);
-        assert_eq!(counters.set(&count(1, 0..VA_END / REGION, 0)), Ok(false));
+        assert_eq!(counters.set(&count(1, 0..VA_END / REGION, 0), &log), Ok(false));
         assert_eq!(counters.get(1, 2 * REGION), 0);
     }
 
     #[test]
     fn there_is_a_limit() {
         let counters = Counters::default();
+        let log = EventLog::default();
         let limit = u64::from(MAX_COUNTERS);
-        assert_eq!(counters.set(&count(0, 0..limit + 1, 1)), Err(Error::Limit));
-        assert_eq!(counters.set(&count(0, 0..limit, 1)), Ok(true));
-        assert_eq!(counters.set(&count(0, 5..limit, 2)), Ok(true));
-        assert_eq!(counters.set(&count(1, 0..1, 1)), Err(Error::Limit));
+        assert_eq!(counters.set(&count(0, 0..limit + 1, 1), &log), Err(Error::Limit));
+        assert_eq!(counters.set(&count(0, 0..limit, 1), &log), Ok(true));
+        assert_eq!(counters.set(&count(0, 5..limit, 2), &log), Ok(true));
+        assert_eq!(counters.set(&count(1, 0..1, 1), &log), Err(Error::Limit));
         counters.forget(0);
-        assert_eq!(counters.set(&count(1, 0..1, 1)), Ok(true));
+        assert_eq!(counters.set(&count(1, 0..1, 1), &log), Ok(true));
         counters.clear();
-        assert_eq!(counters.set(&count(0, 0..limit, 1)), Ok(true));
+        assert_eq!(counters.set(&count(0, 0..limit, 1), &log), Ok(true));
     }
 }

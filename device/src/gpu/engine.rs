@@ -7,11 +7,8 @@
 //! slice goes to the context that has had the least time: a context with many busy rings gets no more than one
 //! with a single ring. A ring whose stalled access is replayed comes first, for the driver waits for that.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use pinion_abi::{ACCESS_READ, Completion};
 
 use super::access::{AccessFault, Tally, Trouble, Window};
@@ -24,6 +21,8 @@ use super::lane::{Lane, State, Task};
 use super::share::Shares;
 use super::status::Error;
 use super::{Host, Shared};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Condvar, Instant, Mutex, now};
 
 /// How long an engine works for one ring before it looks whether another one should be served.
 const SLICE: Duration = Duration::from_micros(100);
@@ -114,6 +113,8 @@ pub(super) struct Worker<H: Host> {
     lanes: Vec<Lane<H::Ticket>>,
     shares: Shares,
     tally: Tally,
+    /// How long the device was stopped since the last look at this.
+    stopped: Duration,
 }
 
 impl<H: Host> Worker<H> {
@@ -130,6 +131,7 @@ impl<H: Host> Worker<H> {
             lanes,
             shares: Shares::default(),
             tally: Tally::default(),
+            stopped: Duration::ZERO,
         }
     }
 
@@ -147,7 +149,7 @@ impl<H: Host> Worker<H> {
             if shared.ending.load(Ordering::Relaxed) {
                 break;
             }
-            let now = Instant::now();
+            let now = now();
             for lane in &mut lanes {
                 self.look(lane, bell, now);
             }
@@ -155,6 +157,10 @@ impl<H: Host> Worker<H> {
                 Some(index) => {
                     if let Some(lane) = lanes.get_mut(index) {
                         self.slice(engine, lane);
+                    }
+                    let stopped = std::mem::take(&mut self.stopped);
+                    if !stopped.is_zero() {
+                        postpone(&mut lanes, stopped);
                     }
                     Wait::No
                 }
@@ -248,25 +254,34 @@ impl<H: Host> Worker<H> {
 
     /// Works for a lane, for a while.
     fn slice(&mut self, engine: &Engine, lane: &mut Lane<H::Ticket>) {
-        let begin = Instant::now();
-        let mut now = begin;
+        let begin = now();
+        let mut last = begin;
         self.shared.statistics.slices.count();
         lane.served = self.shares.turn();
-        self.shared.publish(lane.ring, lane.state);
+        if lane.task.as_ref().is_some_and(|task| task.waiting.is_some()) {
+            self.shared.publish_waiting(lane.ring);
+        } else {
+            self.shared.publish(lane.ring, lane.state);
+        }
         while let (State::Ready, Some(task)) = (lane.state, &lane.task) {
             let context = task.context.id();
-            self.step(engine, lane, now);
-            let after = Instant::now();
-            let spent = after.saturating_duration_since(now);
+            let stopped = self.stopped;
+            self.step(engine, lane, last);
+            let stopped = self.stopped.saturating_sub(stopped);
+            let after = now();
+            let spent = after.saturating_duration_since(last).saturating_sub(stopped);
             self.shares.charge(context, spent);
-            now = after;
+            last = after;
             if let Some(task) = &mut lane.task {
-                task.worked = task.worked.saturating_add(spent);
-                if self.is_hung(task, now) {
+                // While it waits, all of the time counts.
+                if task.waiting.is_none() {
+                    task.worked = task.worked.saturating_add(spent);
+                }
+                if self.is_hung(task, last) {
                     self.hang(lane);
                 }
             }
-            if now.saturating_duration_since(begin) >= SLICE {
+            if last.saturating_duration_since(begin) >= SLICE {
                 break;
             }
             if lane.task.is_none() && matches!(lane.state, State::Ready) {
@@ -289,8 +304,15 @@ impl<H: Host> Worker<H> {
         let Some(task) = &mut lane.task else { return };
         if std::mem::take(&mut task.moved) {
             let retried = task.retried.take();
-            task.waiting = None;
             self.replayed(retried.and_then(|id| self.shared.faults.report(id, true)));
+        }
+        // To look again in vain is no end of waiting.
+        if !matches!(stay, Stay::Waiting) {
+            if let Some((since, _)) = task.waiting.take() {
+                let waited = now.saturating_duration_since(since);
+                let waited = waited.saturating_sub(self.stopped);
+                task.worked = task.worked.saturating_add(waited);
+            }
         }
         let news = std::mem::take(&mut task.news);
         if news.events {
@@ -342,7 +364,9 @@ impl<H: Host> Worker<H> {
                 break Stay::Ended(error);
             }
             if inside.paused {
+                let begin = now();
                 engine.gate.wait(&mut inside);
+                self.stopped = self.stopped.saturating_add(now().saturating_duration_since(begin));
                 continue;
             }
             let inside = &mut *inside;
@@ -411,11 +435,13 @@ impl<H: Host> Worker<H> {
 
     fn wait(&mut self, lane: &mut Lane<H::Ticket>, now: Instant) {
         let Some(task) = &mut lane.task else { return };
-        let (since, pause) = match task.waiting {
-            Some((since, pause)) => (since, pause.saturating_mul(2).min(POLL_LAST)),
-            None => (now, POLL_FIRST),
+        let Some((since, pause)) = task.waiting else {
+            // The number may have changed while nobody could know that somebody waits. It stays ready, and looks once more.
+            task.waiting = Some((now, POLL_FIRST));
+            self.shared.publish_waiting(lane.ring);
+            return;
         };
-        task.waiting = Some((since, pause));
+        task.waiting = Some((since, pause.saturating_mul(2).min(POLL_LAST)));
         if self.is_hung(task, now) {
             self.hang(lane);
             return;
@@ -425,9 +451,9 @@ impl<H: Host> Worker<H> {
     }
 
     fn is_hung(&self, task: &Task<H::Ticket>, now: Instant) -> bool {
-        let waited = task
-            .waiting
-            .map_or(Duration::ZERO, |(since, _)| now.saturating_duration_since(since));
+        let waited = task.waiting.map_or(Duration::ZERO, |(since, _)| {
+            now.saturating_duration_since(since).saturating_sub(self.stopped)
+        });
         self.shared
             .watchdog
             .is_some_and(|limit| task.worked.saturating_add(waited) >= limit)
@@ -455,11 +481,15 @@ impl<H: Host> Worker<H> {
             position: task.position,
             sequence: task.sequence,
         };
-        let woken = self.shared.faults.fail(origin, va, error);
-        self.shared.wake(woken);
-        self.shared.poke();
-        self.shared.host.events();
-        self.finish(lane, Err(error), va);
+        match self.shared.faults.fail(origin, va, error) {
+            Ok(woken) => {
+                self.shared.wake(woken);
+                self.shared.poke();
+                self.shared.host.events();
+                self.finish(lane, Err(error), va);
+            }
+            Err(ended) => self.finish(lane, Err(ended), 0),
+        }
     }
 
     /// Takes the next submission of a lane that has none. Leaves it idle if there is none.
@@ -590,13 +620,22 @@ impl<H: Host> Worker<H> {
     }
 }
 
+/// Has what waits for numbers have waited less long by `stopped`, in which the device did not go on.
+fn postpone<T>(lanes: &mut [Lane<T>], stopped: Duration) {
+    for lane in lanes {
+        if let Some((since, _)) = lane.task.as_mut().and_then(|task| task.waiting.as_mut()) {
+            *since = since.checked_add(stopped).unwrap_or(*since);
+        }
+    }
+}
+
 /// When the first of the lanes has to be looked at again.
 fn earliest<T>(lanes: &[Lane<T>]) -> Wait {
     let times = lanes.iter().filter_map(|lane| match lane.state {
         State::Waiting { next } => Some(next),
         State::Crossing(until) => Some(until),
         // It has refused so many submissions that others had to be looked at.
-        State::Ready => Some(Instant::now()),
+        State::Ready => Some(now()),
         State::Idle | State::Stalled(_) => None,
     });
     times.min().map_or(Wait::Forever, Wait::Until)
@@ -647,13 +686,15 @@ fn work<H: Host>(shared: &Shared<H>, lane: &mut Lane<H::Ticket>, window: &mut Wi
         };
         let (before, crossed) = (execution.moves(), window.tally.bus);
         let progress = execution.go_on(window, &around, &mut lane.scratch, &mut budget);
-        task.moved |= execution.moves() != before;
+        let moved = execution.moves() != before;
+        task.moved |= moved;
+        // Also if it does not get to its end now: it may stall, and somebody may wait for what it has done so far.
+        task.news.signal |= execution.signals(moved);
         match progress {
             Ok(Progress::Done) => {
-                let news = execution.news();
-                task.news.events |= news.events;
-                task.news.signal |= news.signal;
+                task.news.events |= execution.missed();
                 task.execution = None;
+                task.waiting = None;
                 task.executed = task.executed.saturating_add(1);
                 if window.tally.bus != crossed && !around.round_trip.is_zero() {
                     return Stay::Crossing;

@@ -4,14 +4,15 @@
 //!
 //! A record waits here until there is a buffer for it. The log is bounded without ever dropping one
 //! that matters: a ring has at most one fault, a context goes into error at most once, the counter of a region
-//! (of which there is a bounded number) reaches its threshold once, and the records of faults and contexts that are gone are gone too.
+//! (of which there is a bounded number) reaches its threshold once, and the records of faults, contexts and counters
+//! that are gone are gone too.
 
 use std::collections::VecDeque;
 
-use parking_lot::Mutex;
-use pinion_abi::{EVENT_FAULT, EVENT_PREFETCH, EventRecord};
+use pinion_abi::{EVENT_ACCESS_COUNT, EVENT_DEVICE_RESET, EVENT_FAULT, EVENT_PREFETCH, EventRecord};
 
 use super::statistics::Counter;
+use crate::sync::Mutex;
 
 /// Most hints that wait; more are dropped, as hints may be.
 const MAX_HINTS: usize = 256;
@@ -72,7 +73,24 @@ impl EventLog {
 
     /// Drops the records of a context that is no longer there.
     pub fn forget_context(&self, context: u32) {
-        self.records.lock().retain(|record| record.context != context);
+        // That of a reset of the device is of no context, though it says zero.
+        self.records
+            .lock()
+            .retain(|record| record.context != context || record.kind == EVENT_DEVICE_RESET);
+    }
+
+    /// Drops the records of work of a context that has ended. Its counters stay, and what they have to tell.
+    pub fn forget_work(&self, context: u32) {
+        self.records.lock().retain(|record| {
+            record.context != context || matches!(record.kind, EVENT_DEVICE_RESET | EVENT_ACCESS_COUNT)
+        });
+    }
+
+    /// Drops the records of counters that are no longer there: those of regions of a context that begin in `va..end`.
+    pub fn forget_counts(&self, context: u32, va: u64, end: u64) {
+        self.records.lock().retain(|record| {
+            record.kind != EVENT_ACCESS_COUNT || record.context != context || !(va..end).contains(&record.va)
+        });
     }
 
     /// Drops all records.

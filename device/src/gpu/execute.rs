@@ -6,7 +6,7 @@
 //! beyond what it has counted as done, so the command goes on from exactly there when it is tried again.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinion_abi::{ACCESS_READ, ACCESS_WRITE, ChaseResult, EVENT_PREFETCH, EventRecord, PAGE_SIZE, PTE_VRAM};
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
@@ -19,6 +19,7 @@ use super::event::EventLog;
 use super::inject::Defect;
 use super::operation::{Atomic, Operation, Width, WriteBack};
 use super::timeline::Timelines;
+use crate::sync::{now, point};
 
 /// Most bytes that are moved at once.
 const PIECE: u64 = 64 << 10;
@@ -71,7 +72,7 @@ pub enum Progress {
     Wait,
 }
 
-/// What others are to be told when a command is done.
+/// What others are to be told of what commands have done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct News {
     /// There is an event.
@@ -110,11 +111,12 @@ pub struct Execution {
     command: Command,
     /// Bytes stored, operations done, nodes visited.
     done: u64,
-    /// COPY: bytes that were loaded into the scratch page and not yet stored.
+    /// COPY: bytes that were loaded into the scratch page and not yet stored. CHASE: numbers of the result that were
+    /// stored.
     loaded: usize,
     /// ATOMIC: what the last operation found. CHASE: the sum.
     found: u64,
-    /// ATOMIC: it is still to be written back.
+    /// ATOMIC: it is still to be written back. CHASE: the value of the node is in it, the pointer is still to be loaded.
     owed: bool,
     /// CHASE: the next node. PREFETCH: end of the last page that was missing.
     pointer: u64,
@@ -161,14 +163,18 @@ impl Execution {
         }
     }
 
-    /// What others are to be told now that it is done.
-    pub fn news(&self) -> News {
-        News {
-            events: matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0,
-            signal: matches!(
-                self.command,
-                Command::SemaphoreSignal { .. } | Command::Fence { .. } | Command::Atomic(_)
-            ),
+    /// PREFETCH, when it is done: whether something was missing, so that there is an event.
+    pub fn missed(&self) -> bool {
+        matches!(self.command, Command::Prefetch { .. }) && self.pointer != 0
+    }
+
+    /// Whether it has changed a number that others may wait for, given that an access got through (`moved`), or none.
+    pub fn signals(&self, moved: bool) -> bool {
+        match self.command {
+            // The timeline advances before it is stored.
+            Command::Fence { .. } => true,
+            Command::SemaphoreSignal { .. } | Command::Atomic(_) => moved,
+            _ => false,
         }
     }
 
@@ -210,14 +216,18 @@ impl Execution {
                 address,
                 width,
                 operand,
-            } => self.store(window, address, width, operand),
-            Command::Timestamp { address } => self.store(window, address, Width::W8, around.clock.now()),
+            } => self.store(window, address, (width, operand), width.bytes()),
+            Command::Timestamp { address } => {
+                let now = around.clock.now();
+                self.store(window, address, (Width::W8, now), Width::W8.bytes())
+            }
             Command::Fence { value, write_back } => {
                 around.timelines.advance(around.ring, value);
-                match write_back {
-                    Some(va) => self.store(window, va, Width::W8, around.timelines.get(around.ring)),
-                    None => Ok(Progress::Done),
-                }
+                let Some(va) = write_back else {
+                    return Ok(Progress::Done);
+                };
+                let timeline = around.timelines.get(around.ring);
+                self.store(window, va, (Width::W8, timeline), Width::W8.bytes())
             }
             Command::FenceWait { ring, value } => Ok(if around.timelines.get(ring) >= value {
                 Progress::Done
@@ -370,7 +380,9 @@ impl Execution {
                 _ => {
                     let to = window.translate(va, atomic.operation.access(), atomic.reach(index))?;
                     let here = Page {
-                        bytes: window.slice(to, number, PAGE_SIZE)?,
+                        bytes: window
+                            .slice(to, number, PAGE_SIZE)
+                            .map_err(|_| Trouble::Bus(va))?,
                         vram: to.pte & PTE_VRAM != 0,
                     };
                     &page.insert((number, here)).1
@@ -381,7 +393,12 @@ impl Execution {
                 .operate(offset, atomic, around.round_trip)
                 .ok_or(Trouble::Bus(va))?;
             if !here.vram {
-                let crossed = atomic.width.bytes().saturating_mul(2);
+                // There and back, or one way only.
+                let times = match atomic.operation {
+                    Operation::Load | Operation::Store => 1,
+                    _ => 2,
+                };
+                let crossed = atomic.width.bytes().saturating_mul(times);
                 window.tally.bus = window.tally.bus.saturating_add(crossed);
                 if !around.round_trip.is_zero() {
                     // Long enough for one stay.
@@ -400,15 +417,20 @@ impl Execution {
     }
 
     fn write_back(&mut self, window: &mut Window<'_>, atomic: &Atomic) -> Result<(), Trouble> {
-        let va = match atomic.write_back {
-            Some(WriteBack::Last(va)) => va,
+        let width = atomic.width.bytes();
+        let (va, ahead) = match atomic.write_back {
+            Some(WriteBack::Last(va)) => (va, width),
             Some(WriteBack::All(va)) => {
-                let before = self.done.saturating_sub(1).saturating_mul(atomic.width.bytes());
-                va.wrapping_add(before)
+                let before = self.done.saturating_sub(1);
+                let ahead = u64::from(atomic.repeat).saturating_sub(before);
+                (
+                    va.wrapping_add(before.saturating_mul(width)),
+                    ahead.saturating_mul(width),
+                )
             }
             None => return Ok(()),
         };
-        self.store(window, va, atomic.width, self.found)?;
+        self.store(window, va, (atomic.width, self.found), ahead)?;
         self.owed = false;
         Ok(())
     }
@@ -431,15 +453,16 @@ impl Execution {
         Ok(value)
     }
 
-    /// Stores a number, behind everything that was done before. It is aligned.
+    /// Stores a number, behind everything that was done before. It is aligned. `ahead` bytes from there on, it
+    /// included, will be stored to one after the other.
     fn store(
         &mut self,
         window: &mut Window<'_>,
         va: u64,
-        width: Width,
-        value: u64,
+        (width, value): (Width, u64),
+        ahead: u64,
     ) -> Result<Progress, Trouble> {
-        let to = window.translate(va, ACCESS_WRITE, width.bytes())?;
+        let to = window.translate(va, ACCESS_WRITE, ahead)?;
         let bytes = window.slice(to, va, width.bytes())?;
         match width {
             Width::W4 => bytes
@@ -508,10 +531,14 @@ impl Execution {
                 Window::check_pointer(va, 8).map(|()| va)
             };
             let (value, next) = (place(chase.value)?, place(chase.next)?);
-            let value = self.load(window, value, Width::W8)?;
-            let next = self.load(window, next, Width::W8)?;
-            self.found = self.found.wrapping_add(value);
-            self.pointer = next;
+            // The two can be on different pages, which need not be there at the same time.
+            if !self.owed {
+                let value = self.load(window, value, Width::W8)?;
+                self.found = self.found.wrapping_add(value);
+                self.owed = true;
+            }
+            self.pointer = self.load(window, next, Width::W8)?;
+            self.owed = false;
             budget.spend(Budget::OPERATION);
             self.moved(1);
         }
@@ -520,12 +547,16 @@ impl Execution {
             sum: self.found,
             visited: self.done,
         };
-        // Aligned to eight only, so it can end on another page; what is stored twice is the same.
-        for (index, bytes) in result.as_bytes().chunks_exact(8).enumerate() {
-            let va = chase.result.wrapping_add((index as u64).wrapping_mul(8));
+        // Aligned to eight only, so it can end on another page.
+        let size = result.as_bytes().len() as u64;
+        for bytes in result.as_bytes().chunks_exact(8).skip(self.loaded) {
+            let stored = (self.loaded as u64).saturating_mul(8);
+            let va = chase.result.wrapping_add(stored);
             let mut word = [0; 8];
             word.copy_from_slice(bytes);
-            self.store(window, va, Width::W8, u64::from_le_bytes(word))?;
+            let number = (Width::W8, u64::from_le_bytes(word));
+            self.store(window, va, number, size.saturating_sub(stored))?;
+            self.loaded = self.loaded.saturating_add(1);
         }
         Ok(Progress::Done)
     }
@@ -614,14 +645,15 @@ impl Page<'_> {
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
 fn bus(round_trip: Duration) {
+    point();
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
         number = std::hint::black_box(number).rotate_left(1);
     }
     std::hint::black_box(number);
     if !round_trip.is_zero() {
-        let start = Instant::now();
-        while start.elapsed() < round_trip {
+        let start = now();
+        while now().saturating_duration_since(start) < round_trip {
             std::hint::spin_loop();
         }
     }

@@ -14,9 +14,6 @@
 //! stalled again (on another fault: one that is being replayed takes no new waiters), its context
 //! ended. So a REPLAY always completes.
 
-use std::sync::Arc;
-
-use parking_lot::Mutex;
 use pinion_abi::{EVENT_CONTEXT_ERROR, EVENT_FAULT, EventRecord, PAGE_SIZE};
 
 use super::access::AccessFault;
@@ -26,6 +23,7 @@ use super::inject::{Defect, Injector};
 use super::state::{Activity, FaultState};
 use super::statistics::Statistics;
 use super::status::Error;
+use crate::sync::{Arc, Mutex};
 
 /// Rings whose stall has ended: their engines are to be woken.
 #[must_use = "whoever ends a stall wakes the engine"]
@@ -388,11 +386,13 @@ impl<T> FaultTable<T> {
         }))
     }
 
-    /// Puts the context into error because of something else than a fault.
-    pub fn fail(&self, origin: Origin<'_>, va: u64, error: Error) -> Rings {
+    /// Puts the context into error because of something else than a fault. An error is why the work had ended already.
+    pub fn fail(&self, origin: Origin<'_>, va: u64, error: Error) -> Result<Rings, Error> {
         let mut state = self.state.lock();
+        // Under the lock: a context that was taken out of error is not put back into it by the work that was reset.
+        origin.context.check(origin.ring, origin.position)?;
         if !origin.context.fail(error) {
-            return Rings::default();
+            return Ok(Rings::default());
         }
         self.statistics.context_errors.count();
         self.log.push(EventRecord {
@@ -404,13 +404,26 @@ impl<T> FaultTable<T> {
             status: error.code(),
             ..EventRecord::default()
         });
-        state.end(origin.context.id(), &self.log, |_| Error::ContextError)
+        Ok(state.end(origin.context.id(), &self.log, |_| Error::ContextError))
     }
 
-    /// Ends the stalls of a context with `error`, and forgets its events.
+    /// Has the work of a context that is in front of these positions end with RESET, forgets its events, and takes the
+    /// context out of error.
+    pub fn reset_context(&self, context: &Context, positions: &[u64]) -> Rings {
+        let mut state = self.state.lock();
+        context.reset(positions);
+        self.log.forget_context(context.id());
+        state.end(context.id(), &self.log, |_| Error::Reset)
+    }
+
+    /// Ends the stalls of a context with `error`, and forgets the events about its work; all of them if it has gone.
     pub fn end_context(&self, context: u32, error: Error) -> Rings {
         let mut state = self.state.lock();
-        self.log.forget_context(context);
+        if error == Error::NoContext {
+            self.log.forget_context(context);
+        } else {
+            self.log.forget_work(context);
+        }
         state.end(context, &self.log, |_| error)
     }
 

@@ -19,9 +19,7 @@
 //! or a few dozen operations, so INVALIDATE waits for microseconds, and an engine among a storm of
 //! invalidations gets its turn too.
 
-use std::sync::Arc;
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::memory::{NoMemory, SystemMemory};
 use super::tlb::Tlb;

@@ -12,14 +12,14 @@
 //!            slow the bus └──> crossing   (goes on when the bus has caught up)
 //! ```
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::command::{Command, MAX_BATCH, MAX_SUBMISSION, Submission};
 use super::context::Context;
 use super::execute::{Execution, News, Scratch, scratch};
 use super::state::Activity;
 use super::status::Error;
+use crate::sync::{Arc, Instant};
 
 /// Whether a ring can be served.
 #[derive(Clone, Copy, Debug)]
@@ -88,9 +88,9 @@ pub(super) struct Task<T> {
     pub(super) retried: Option<u64>,
     /// What others are to be told.
     pub(super) news: News,
-    /// How long it was worked on.
+    /// How long it was worked on, and has waited for numbers before.
     pub(super) worked: Duration,
-    /// Since when it waits for a number, and how long the last pause was.
+    /// Since when it waits for a number, and how long it did not look last.
     pub(super) waiting: Option<(Instant, Duration)>,
 }
 

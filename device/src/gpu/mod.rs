@@ -70,9 +70,6 @@ pub mod tlb;
 pub mod vram;
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pinion_abi as abi;
@@ -95,6 +92,9 @@ use timeline::Timelines;
 use vram::Vram;
 
 use crate::rate_limit::{RateLimit, warn_limited};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use crate::sync::thread::{self, JoinHandle};
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -213,8 +213,12 @@ impl<H: Host> Shared<H> {
         }
     }
 
-    /// Like [`Shared::poke`], if a ring waits for a number. (One that is just about to will look by itself soon.)
+    /// Like [`Shared::poke`], if a ring waits for a number. To be called when the number is there.
+    ///
+    /// A ring first says that it waits and then looks at the number for the last time. So either it sees the number,
+    /// or this sees the ring: the fences stand between the one's store and load and the other's.
     fn poke_waiting(&self) {
+        fence(Ordering::SeqCst);
         for (ring, activity) in self.activities.iter().enumerate() {
             if activity.load(Ordering::Relaxed) == lane::WAITING {
                 if let Some(engine) = self.engines.get(self.engine_of(ring as u16)) {
@@ -222,6 +226,14 @@ impl<H: Host> Shared<H> {
                 }
             }
         }
+    }
+
+    /// Says that a ring waits. Whoever changes a number that it looks at afterwards wakes its engine.
+    fn publish_waiting(&self, ring: u16) {
+        if let Some(place) = self.activities.get(usize::from(ring)) {
+            place.store(lane::WAITING, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
     }
 
     /// Says what a ring is doing.
@@ -358,7 +370,7 @@ impl<H: Host> Gpu<H> {
         };
         for engine in 0..engines {
             let worker = Worker::new(gpu.shared.clone(), engine.into());
-            let thread = std::thread::Builder::new()
+            let thread = thread::Builder::new()
                 .name(format!("engine{engine}"))
                 .spawn(move || worker.run())
                 .map_err(StartError::Thread)?;
@@ -459,7 +471,7 @@ impl<H: Host> Gpu<H> {
             Request::Query(query) => return self.query(query),
             Request::Count(request) => {
                 let context = shared.contexts.get(request.context)?;
-                let any = shared.counters.set(&request)?;
+                let any = shared.counters.set(&request, &shared.log)?;
                 context.set_counting(any);
             }
         }
@@ -513,8 +525,8 @@ impl<H: Host> Gpu<H> {
 
     fn reset_context(&self, id: u32) -> Result<(), Error> {
         let shared = &*self.shared;
-        shared.contexts.reset(id, &shared.positions())?;
-        let woken = shared.faults.end_context(id, Error::Reset);
+        let context = shared.contexts.get(id)?;
+        let woken = shared.faults.reset_context(&context, &shared.positions());
         // Through all gates once: what was in flight has ended.
         self.interrupt(woken);
         Ok(())

@@ -7,14 +7,14 @@
 //! that every operation, a clear of the whole space too, costs no more than what is there.
 
 use std::mem;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pinion_abi::{
     LARGE_PAGE_SHIFT, LARGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE, PTE_ADDRESS, PTE_MASK, PTE_VALID, VA_END,
 };
 
 use super::status::Error;
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 
 const INDEX_BITS: u32 = 9;
 const FANOUT: usize = 1 << INDEX_BITS;

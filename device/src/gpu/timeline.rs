@@ -2,7 +2,7 @@
 
 //! The timelines of the rings: how far each has come.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// One number for each ring, which begins at zero and only grows.
 #[derive(Debug)]

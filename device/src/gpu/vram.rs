@@ -4,14 +4,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use pinion_abi::PAGE_SIZE;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// Smallest VRAM that can be asked for.
 pub const MIN_SIZE: u64 = 1 << 20;
@@ -127,11 +128,16 @@ impl Vram {
         }
     }
 
+    /// Whether any page has lost what was in it.
+    #[inline]
+    pub fn has_poison(&self) -> bool {
+        self.poison.any.load(Ordering::Relaxed)
+    }
+
     /// Whether the page at `offset` has lost what was in it.
     #[inline]
     pub fn is_poisoned(&self, offset: u64) -> bool {
-        self.poison.any.load(Ordering::Relaxed)
-            && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
+        self.has_poison() && self.poison.pages.lock().contains(&(offset & !(PAGE_SIZE - 1)))
     }
 
     /// Makes all of it zero, heals it, and gives the memory behind it back.

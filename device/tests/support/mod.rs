@@ -41,7 +41,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// In its sandbox, as all but a few are.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::spawn(|command, _| {
+            command.arg("--sandbox").args(arguments);
+        })
+    }
+
+    pub fn without_sandbox(arguments: &[&str]) -> Self {
         Self::spawn(|command, _| {
             command.args(arguments);
         })
@@ -50,7 +57,8 @@ impl Daemon {
     /// With a control socket too.
     pub fn with_control(arguments: &[&str]) -> Self {
         let mut daemon = Self::spawn(|command, control| {
-            command.args(arguments).arg("--control-path").arg(control);
+            command.arg("--sandbox").args(arguments);
+            command.arg("--control-path").arg(control);
         });
         connect(&daemon.control, &mut daemon.child);
         daemon
@@ -61,8 +69,11 @@ impl Daemon {
         let socket = directory.path().join("socket");
         let control = directory.path().join("control");
         let mut command = Command::new(env!("CARGO_BIN_EXE_pinion-device"));
-        command.arg("--socket-path").arg(&socket).args(["--vram", "64M"]);
+        command.arg("--socket-path").arg(&socket);
         add(&mut command, &control);
+        if !command.get_args().any(|argument| argument == "--vram") {
+            command.args(["--vram", "64M"]);
+        }
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
         Self {
             child,
@@ -333,6 +344,16 @@ impl Virtqueue {
         let token = self.add(request, room);
         self.kick(since);
         token
+    }
+
+    /// What the device is kicked with.
+    pub fn kicker(&self) -> EventFd {
+        self.kick.try_clone().unwrap()
+    }
+
+    /// Where the available and the used index are.
+    pub fn indices(&self) -> (u64, u64) {
+        (self.driver_area() + 2, self.device_area() + 2)
     }
 
     /// Whether the device has notified the driver since this was asked for, or waited for, last.
