@@ -13,7 +13,7 @@
 //! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed. Or it is moved to
 //!   VRAM, with all there is in its window, if that is where it had better be.
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
-//!   VRAM. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
+//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
 use crate::{
     abi,
@@ -22,6 +22,7 @@ use crate::{
     gpu::{Gpu, MAX_REPLAYS},
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
+        exclusive::ExclusivePage,
         memory::{self, Data, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
@@ -70,6 +71,8 @@ pub(crate) struct Statistics {
     pub(crate) mirrors: Atomic<i64>,
     /// INVALIDATEs on behalf of the CPU's side.
     pub(crate) invalidations: Atomic<i64>,
+    /// Pages that were made exclusive to the GPU.
+    pub(crate) exclusives: Atomic<i64>,
     /// Pages that were moved to VRAM.
     pub(crate) to_vram: Atomic<i64>,
     /// Pages that came home from VRAM.
@@ -89,6 +92,7 @@ impl Statistics {
             unpins: Atomic::new(0),
             mirrors: Atomic::new(0),
             invalidations: Atomic::new(0),
+            exclusives: Atomic::new(0),
             to_vram: Atomic::new(0),
             from_vram: Atomic::new(0),
             evictions: Atomic::new(0),
@@ -107,6 +111,7 @@ pub(crate) struct Resident {
     /// What the GPU may do: bits of a page table entry.
     pub(crate) rights: u8,
     /// Bytes of the page of the GPU that it is part of; 0 if it maps nothing.
+    #[allow(dead_code)]
     pub(crate) size: usize,
     /// The frame of a page that is pinned.
     pub(crate) pfn: Option<Pfn>,
@@ -509,6 +514,9 @@ impl AddressSpace {
                 if !migrate::is_anonymous(pfn) {
                     return Err(EOPNOTSUPP);
                 }
+                if policy.atomics == Atomics::Exclusive {
+                    return self.make_exclusive(mm, sequence, va, batch);
+                }
                 return self.pin(mm, sequence, range, batch);
             }
             // Have it home first if another address space has it, for only one can; and if it may not be
@@ -574,6 +582,23 @@ impl AddressSpace {
         let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
         self.statistics.mirrors.add(count as i64, Relaxed);
         map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
+    fn make_exclusive(
+        &self,
+        mm: &MmWithUser,
+        sequence: Sequence<'_, Window>,
+        va: usize,
+        batch: &mut Batch,
+    ) -> Result {
+        let mmap = mm.mmap_read_lock();
+        let page = ExclusivePage::new(&mmap, mm, va, self.actor())?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        page.pfn().mark_dirty();
+        self.statistics.exclusives.add(1, Relaxed);
+        let entry = page.pfn().address() | rights_of(true) | abi::PTE_VALID;
+        map_and_replay(&mut guard, va, &[entry], batch)
     }
 
     /// Pins the pages in `range` in place, as far as that can be done, and gives them to the GPU.

@@ -96,6 +96,7 @@ impl MiscDevice for FileHandle {
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
         seq_print!(m, "pinion-mirrors:\t{}\n", statistics.mirrors.load(Relaxed));
+        seq_print!(m, "pinion-exclusives:\t{}\n", statistics.exclusives.load(Relaxed));
         seq_print!(m, "pinion-to-vram:\t{}\n", statistics.to_vram.load(Relaxed));
         seq_print!(m, "pinion-from-vram:\t{}\n", statistics.from_vram.load(Relaxed));
         seq_print!(m, "pinion-evictions:\t{}\n", statistics.evictions.load(Relaxed));
@@ -204,6 +205,7 @@ impl FileHandle {
             (2, 0) => space.advise_location(range, Location::Anywhere),
             (2, 1) => space.advise_location(range, Location::System),
             (2, 2) => space.advise_location(range, Location::Vram),
+            (3, 2) => space.advise(range, Atomics::Exclusive),
             (3, 3) => space.advise(range, Atomics::Migrate),
             (4, 1) => space.prefetch(range, Location::System),
             (4, 2) => space.prefetch(range, Location::Vram),

@@ -37,14 +37,14 @@ pub(crate) struct Window {
     mapped: usize,
     /// Everything is mapped by one entry.
     large: bool,
-    /// Migrations by these leave this mirror as it is: they see to it themselves.
+    /// What these do to pages leaves this mirror as it is: they see to it themselves.
     ours: [Owner; 2],
     statistics: Arc<Statistics>,
 }
 
 impl Mirror for Window {
     fn ignores(&self, event: &Event<'_>) -> bool {
-        self.ours.iter().any(|owner| event.is_migration_by(*owner))
+        self.ours.iter().any(|owner| event.is_by(*owner))
     }
 
     fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool {

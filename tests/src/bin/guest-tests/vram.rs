@@ -39,6 +39,8 @@ tests! {
     files_stay_where_they_are
     atomic_operations_in_vram
     atomic_operations_in_vram_under_contention
+    atomic_operations_on_exclusive_pages
+    atomic_operations_on_an_exclusive_page_under_contention
     vram_accounting_is_the_same_after_a_round_trip
     vram_is_free_after_processes_were_killed
     more_than_vram_can_hold
@@ -53,6 +55,7 @@ const IN_VRAM: u32 = 2;
 /// `PINION_ADVISE_LOCATION`, `PINION_ADVISE_ATOMICS` (to migrate), and what stands for a prefetch.
 const LOCATION: u32 = 2;
 const ATOMICS_MIGRATE: (u32, u32) = (3, 3);
+const ATOMICS_EXCLUSIVE: (u32, u32) = (3, 2);
 const PREFETCH: u32 = 4;
 /// `PINION_LOCATION_*`.
 const SYSTEM: u32 = 1;
@@ -628,9 +631,42 @@ fn atomic_operations_in_vram() -> TestResult {
 }
 
 fn atomic_operations_in_vram_under_contention() -> TestResult {
+    contend(ATOMICS_MIGRATE)
+}
+
+fn atomic_operations_on_an_exclusive_page_under_contention() -> TestResult {
+    contend(ATOMICS_EXCLUSIVE)
+}
+
+fn atomic_operations_on_exclusive_pages() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let gpu = open()?;
+        let memory = memory_of(1, advice)?;
+        fill(&memory, 28);
+        advise(&gpu, &memory, ATOMICS_EXCLUSIVE.0, ATOMICS_EXCLUSIVE.1)?;
+        let work = add(&memory, 1).repeat(memory.pages() as u32).stride(4096);
+        for round in 1..=3 {
+            execute_ok(&gpu, &[work])?;
+            ensure!(statistic(&gpu, "exclusives")? > 0, "no page was exclusive");
+            for page in (0..memory.pages()).step_by(7) {
+                let found = memory.atomic(page * 4096).load(Ordering::Relaxed);
+                ensure_eq!(found, pattern(28, page * 512) + round, "page {page}");
+            }
+        }
+        ensure_eq!(statistic(&gpu, "pins")?, 0, "pins");
+        for page in 0..memory.pages() {
+            memory.atomic(page * 4096).fetch_sub(3, Ordering::Relaxed);
+        }
+        check(&memory, 28)?;
+    }
+    PASSED
+}
+
+/// The CPU and the GPU count up the same number.
+fn contend(advice: (u32, u32)) -> TestResult {
     let gpu = open()?;
     let memory = page_with(0)?;
-    advise(&gpu, &memory, ATOMICS_MIGRATE.0, ATOMICS_MIGRATE.1)?;
+    advise(&gpu, &memory, advice.0, advice.1)?;
     let done = AtomicBool::new(false);
     let (by_gpu, by_cpu) = std::thread::scope(|scope| {
         let cpu = scope.spawn(|| {
