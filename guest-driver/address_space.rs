@@ -13,7 +13,7 @@
 //! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed. Or it is moved to
 //!   VRAM, with all there is in its window, if that is where it had better be.
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
-//!   VRAM. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
+//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
 use crate::{
     abi,
@@ -23,6 +23,7 @@ use crate::{
     gpu::{Gpu, MAX_REPLAYS},
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
+        exclusive::ExclusivePage,
         memory::{self, Data, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
@@ -71,6 +72,8 @@ pub(crate) struct Statistics {
     pub(crate) mirrors: Atomic<i64>,
     /// INVALIDATEs on behalf of the CPU's side.
     pub(crate) invalidations: Atomic<i64>,
+    /// Pages that were made exclusive to the GPU.
+    pub(crate) exclusives: Atomic<i64>,
     /// Pages that were moved to VRAM.
     pub(crate) to_vram: Atomic<i64>,
     /// Pages that came home from VRAM.
@@ -88,6 +91,7 @@ impl Statistics {
             unpins: Atomic::new(0),
             mirrors: Atomic::new(0),
             invalidations: Atomic::new(0),
+            exclusives: Atomic::new(0),
             to_vram: Atomic::new(0),
             from_vram: Atomic::new(0),
             evictions: Atomic::new(0),
@@ -535,6 +539,9 @@ impl AddressSpace {
                 if !migrate::is_anonymous(pfn) {
                     return Err(EOPNOTSUPP);
                 }
+                if policy.atomics == Atomics::Exclusive {
+                    return self.make_exclusive(mm, sequence, va, batch);
+                }
                 return self.pin(mm, sequence, range, batch);
             }
             // Have it home first if another address space has it, for only one can; and if it may not be
@@ -600,6 +607,25 @@ impl AddressSpace {
         let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
         self.statistics.mirrors.add(count as i64, Relaxed);
         map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
+    fn make_exclusive(
+        &self,
+        mm: &MmWithUser,
+        sequence: Sequence<'_, Window>,
+        va: usize,
+        batch: &mut Batch,
+    ) -> Result {
+        let mmap = mm.mmap_read_lock();
+        let page = ExclusivePage::new(&mmap, mm, va, self.actor())?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        page.pfn().mark_dirty();
+        self.statistics.exclusives.add(1, Relaxed);
+        let entry = page.pfn().address() | rights_of(true) | abi::PTE_VALID;
+        let result = map_and_replay(&mut guard, va, &[entry], batch);
+        guard.set_exclusive(va);
+        result
     }
 
     /// Pins the pages in `range` in place, as far as that can be done, and gives them to the GPU.
@@ -831,6 +857,8 @@ impl AddressSpace {
                     None => (uapi::PAGE_CPU, None),
                 },
                 Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
+                // To look any closer would take it back.
+                Found::Nothing if guard.is_exclusive(va) => (uapi::PAGE_EXCLUSIVE, None),
                 Found::Nothing if rights != 0 => {
                     // On its way: the GPU has it already, or still, and a migration is not finished yet. To ask
                     // for read access is how to wait for that; it brings in nothing, as there is a page.

@@ -13,6 +13,7 @@
 #include <linux/migrate.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
+#include <linux/rmap.h>
 #include <linux/semaphore.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>

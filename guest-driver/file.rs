@@ -372,7 +372,10 @@ impl FileHandle {
 
     /// How the GPU can get exclusive access: bits of `uapi::ATOMICS_*`.
     fn mechanisms(&self) -> u32 {
-        let mut bits = 1 << uapi::ATOMICS_AUTO | 1 << uapi::ATOMICS_PIN | 1 << uapi::ATOMICS_UNPROTECTED;
+        let mut bits = 1 << uapi::ATOMICS_AUTO
+            | 1 << uapi::ATOMICS_PIN
+            | 1 << uapi::ATOMICS_EXCLUSIVE
+            | 1 << uapi::ATOMICS_UNPROTECTED;
         if self.has_vram() {
             bits |= 1 << uapi::ATOMICS_MIGRATE;
         }
@@ -468,6 +471,7 @@ impl FileHandle {
         seq_print!(m, "pinion-pins:\t{}\n", statistics.pins.load(Relaxed));
         seq_print!(m, "pinion-unpins:\t{}\n", statistics.unpins.load(Relaxed));
         seq_print!(m, "pinion-mirrors:\t{}\n", statistics.mirrors.load(Relaxed));
+        seq_print!(m, "pinion-exclusives:\t{}\n", statistics.exclusives.load(Relaxed));
         seq_print!(m, "pinion-to-vram:\t{}\n", statistics.to_vram.load(Relaxed));
         seq_print!(m, "pinion-from-vram:\t{}\n", statistics.from_vram.load(Relaxed));
         seq_print!(m, "pinion-evictions:\t{}\n", statistics.evictions.load(Relaxed));

@@ -82,9 +82,18 @@ pub(crate) struct Contexts {
     table: SpinLock<KVVec<Option<Arc<AddressSpace>>>>,
     /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
-    taken: SpinLock<KVVec<Option<Kuid>>>,
+    taken: SpinLock<KVVec<Option<Holder>>>,
     /// How many pinned pages of each context are on their way home.
     leaving: KVVec<Atomic<i32>>,
+}
+
+/// Whom a context is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// A program of this user.
+    User(Kuid),
+    /// The driver itself, whoever has loaded it.
+    Driver,
 }
 
 /// A page is on its way home; dropping this ends that.
@@ -121,7 +130,7 @@ impl Contexts {
     ///
     /// EDQUOT: this user has too many. ENOSPC: there is none left.
     fn reserve(&self) -> Result<u32> {
-        let user = Kuid::current_euid();
+        let user = Holder::User(Kuid::current_euid());
         let limit = crate::module_parameters::contexts_per_user.value() as usize;
         let mut exempt = false;
         let mut taken = self.taken.lock();
@@ -133,8 +142,17 @@ impl Contexts {
             exempt = true;
             taken = self.taken.lock();
         }
+        Self::take(&mut taken, user)
+    }
+
+    /// Reserves a context for the driver itself, which counts for nobody.
+    fn reserve_own(&self) -> Result<u32> {
+        Self::take(&mut self.taken.lock(), Holder::Driver)
+    }
+
+    fn take(taken: &mut [Option<Holder>], holder: Holder) -> Result<u32> {
         let context = taken.iter().position(Option::is_none).ok_or(ENOSPC)?;
-        taken[context] = Some(user);
+        taken[context] = Some(holder);
         Ok(context as u32)
     }
 
@@ -864,7 +882,7 @@ impl virtio::Driver for Gpu {
             if ring < rings_of_users {
                 rings.push(Ring::new(number.0, ring.into(), channel)?, GFP_KERNEL)?;
             } else {
-                let engine = CopyEngine::new(contexts.reserve()?, channel, copy_batch)?;
+                let engine = CopyEngine::new(contexts.reserve_own()?, channel, copy_batch)?;
                 copy = Some(KBox::pin_init(engine, GFP_KERNEL)?);
             }
         }

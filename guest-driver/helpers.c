@@ -178,6 +178,11 @@ bool pinion_page_is_anon(struct page *page)
 	return folio_test_anon(page_folio(page));
 }
 
+bool pinion_page_is_ksm(struct page *page)
+{
+	return folio_test_ksm(page_folio(page));
+}
+
 bool pinion_page_may_pin(struct page *page)
 {
 	struct folio *folio = page_folio(page);

@@ -50,6 +50,7 @@ void pinion_put_page(struct page *page);
 void pinion_lock_page(struct page *page);
 void pinion_unlock_page(struct page *page);
 bool pinion_page_is_anon(struct page *page);
+bool pinion_page_is_ksm(struct page *page);
 bool pinion_page_may_pin(struct page *page);
 bool pinion_page_is_mapped(struct page *page);
 void pinion_page_mark_dirty(struct page *page);

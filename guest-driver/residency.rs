@@ -36,8 +36,8 @@ use kernel::{
 const PAUSE: Delta = Delta::from_millis(1);
 /// Tries after which to say that something is in the way.
 const PATIENCE: u32 = 5000;
-/// Tries to get pages out of VRAM while the device still lives.
-const ROUNDS: usize = 3;
+/// Tries to get pages out of VRAM while the device still lives: what is left then is lost.
+const ROUNDS: usize = 3000;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
 /// Blocks that are evicted at most to make room for one.

@@ -32,20 +32,20 @@ pub(crate) struct Window {
     gpu: Arc<Gpu>,
     context: u32,
     base: usize,
-    /// Bits 1 to 3 of the page table entry (`abi::PTE_READ` and so on), or 0.
+    /// Bits 1 to 3 of the page table entry (`abi::PTE_READ` and so on), or 0; and [`EXCLUSIVE`].
     rights: [u8; WINDOW_PAGES],
     /// How many of them are not 0.
     mapped: usize,
     /// Everything is mapped by one entry.
     large: bool,
-    /// Migrations by these leave this mirror as it is: they see to it themselves.
+    /// What these do to pages leaves this mirror as it is: they see to it themselves.
     ours: [Owner; 2],
     statistics: Arc<Statistics>,
 }
 
 impl Mirror for Window {
     fn ignores(&self, event: &Event<'_>) -> bool {
-        self.ours.iter().any(|owner| event.is_migration_by(*owner))
+        self.ours.iter().any(|owner| event.is_by(*owner))
     }
 
     fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool {
@@ -188,7 +188,21 @@ impl Window {
 
     /// What the GPU may do at `va`.
     pub(crate) fn rights(&self, va: usize) -> u8 {
-        self.rights[self.page(va)]
+        self.rights[self.page(va)] & RIGHTS
+    }
+
+    /// Notes that what is mapped at `va` was made exclusive to the GPU, which the CPU's page table does not tell without
+    /// undoing it. Forgotten with the mapping.
+    pub(crate) fn set_exclusive(&mut self, va: usize) {
+        let page = self.page(va);
+        if self.rights[page] != 0 {
+            self.rights[page] |= EXCLUSIVE;
+        }
+    }
+
+    /// Whether what is mapped at `va` was made exclusive to the GPU, and is so still: the notifier comes before that ends.
+    pub(crate) fn is_exclusive(&self, va: usize) -> bool {
+        self.rights[self.page(va)] & EXCLUSIVE != 0
     }
 
     /// Whether it is one entry that maps everything.
@@ -199,6 +213,8 @@ impl Window {
 
 /// The bits of an entry that are rights.
 const RIGHTS: u8 = (abi::PTE_READ | abi::PTE_WRITE | abi::PTE_ATOMIC) as u8;
+/// A mark of a page, which is in none of its rights.
+const EXCLUSIVE: u8 = 1 << 7;
 
 /// The entry of a large page that means the same as `entries`, if there is one.
 fn as_large(entries: &[u64]) -> Option<u64> {

@@ -453,6 +453,9 @@ impl<'a> Unmapped<'a> {
             {
                 None
             }
+            // The kernel would go on comparing it with others, for which it has to read it.
+            // SAFETY: As above.
+            What::System(pfn) if unsafe { c::pinion_page_is_ksm(pfn.page()) } => None,
             _ => Some(source),
         }
     }

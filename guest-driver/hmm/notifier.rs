@@ -41,9 +41,14 @@ impl Event<'_> {
         self.0.start..self.0.end
     }
 
-    /// A migration that was started on behalf of `owner`: `pgmap_owner` of its `migrate_vma`.
-    pub(crate) fn is_migration_by(&self, owner: Owner) -> bool {
-        self.0.event == c::mmu_notifier_event_MMU_NOTIFY_MIGRATE && self.0.owner == owner.0
+    /// A migration that was started on behalf of `owner` (`pgmap_owner` of its `migrate_vma`), or a page that is being made
+    /// exclusive to it.
+    pub(crate) fn is_by(&self, owner: Owner) -> bool {
+        let ours = [
+            c::mmu_notifier_event_MMU_NOTIFY_MIGRATE,
+            c::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE,
+        ];
+        ours.contains(&self.0.event) && self.0.owner == owner.0
     }
 }
 

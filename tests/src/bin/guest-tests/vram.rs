@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pinion_client::{Command, Gpu, Status, uapi};
+use pinion_client::{Atomics, Command, Gpu, Location, PageState, Status, uapi};
 use pinion_tests::{Failure, Mapping};
 
 use crate::support::{
@@ -39,6 +39,8 @@ tests! {
     files_stay_where_they_are
     atomic_operations_in_vram
     atomic_operations_in_vram_under_contention
+    atomic_operations_on_exclusive_pages
+    atomic_operations_on_an_exclusive_page_under_contention
     vram_accounting_is_the_same_after_a_round_trip
     vram_is_free_after_processes_were_killed
     more_than_vram_can_hold
@@ -48,67 +50,35 @@ tests! {
 
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
-/// The state of a page that is in VRAM.
-const IN_VRAM: u32 = 2;
-/// `PINION_ADVISE_LOCATION`, `PINION_ADVISE_ATOMICS` (to migrate), and what stands for a prefetch.
-const LOCATION: u32 = uapi::ADVISE_LOCATION;
-const ATOMICS_MIGRATE: (u32, u32) = (uapi::ADVISE_ATOMICS, uapi::ATOMICS_MIGRATE);
-/// Not advice, but a request of its own.
-const PREFETCH: u32 = u32::MAX;
-/// `PINION_LOCATION_*`.
-const SYSTEM: u32 = uapi::LOCATION_SYSTEM;
-const VRAM: u32 = uapi::LOCATION_VRAM;
-
-fn advise(gpu: &Gpu, memory: &Mapping, advice: u32, value: u32) -> Result<(), Failure> {
-    advise_part(gpu, memory, 0, memory.len(), advice, value)
+/// Says where all of the memory had better be.
+fn prefer(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
+    Ok(gpu.advise_location(memory.as_ptr(), memory.len(), place)?)
 }
 
-fn advise_part(
-    gpu: &Gpu,
-    memory: &Mapping,
-    offset: usize,
-    length: usize,
-    advice: u32,
-    value: u32,
-) -> Result<(), Failure> {
-    let address = memory.at(offset).addr() as u64;
-    if advice == PREFETCH {
-        let mut argument = uapi::Prefetch {
-            address,
-            length: length as u64,
-            location: value,
-            ..uapi::Argument::new()
-        };
-        // SAFETY: It points to nothing; what it moves keeps its content.
-        return unsafe { uapi::ioctl(gpu.as_fd(), &mut argument) }
-            .map_err(|error| format!("prefetching to {value}: {error}").into());
+/// Brings all of the memory there.
+fn prefetch(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
+    Ok(gpu.prefetch(memory.as_ptr(), memory.len(), place)?)
+}
+
+/// Says how the GPU gets exclusive access to all of the memory.
+fn atomics(gpu: &Gpu, memory: &Mapping, how: Atomics) -> Result<(), Failure> {
+    Ok(gpu.advise_atomics(memory.as_ptr(), memory.len(), how)?)
+}
+
+/// How many pages of the memory are in a state.
+fn pages_in(gpu: &Gpu, memory: &Mapping, state: PageState) -> Result<usize, Failure> {
+    let mut count = 0;
+    for first in (0..memory.pages()).step_by(uapi::QUERY_MAX) {
+        let part = (memory.pages() - first).min(uapi::QUERY_MAX);
+        let pages = gpu.query(memory.page(first), part)?;
+        count += pages.iter().filter(|page| page.state == state).count();
     }
-    let mut argument = uapi::Advise {
-        address,
-        length: length as u64,
-        advice,
-        value,
-        ..uapi::Argument::new()
-    };
-    // SAFETY: It points to nothing; what it moves keeps its content.
-    unsafe { uapi::ioctl(gpu.as_fd(), &mut argument) }
-        .map_err(|error| format!("advice {advice}: {error}").into())
+    Ok(count)
 }
 
-/// How many pages of a part of the memory are in VRAM.
+/// How many pages of the memory are in VRAM.
 fn pages_in_vram(gpu: &Gpu, memory: &Mapping) -> Result<usize, Failure> {
-    let mut pages = vec![uapi::Page::default(); memory.pages()];
-    for (index, part) in pages.chunks_mut(uapi::QUERY_MAX).enumerate() {
-        let mut query = uapi::Query {
-            address: memory.page(index * uapi::QUERY_MAX).addr() as u64,
-            count: part.len() as u64,
-            pages: part.as_mut_ptr().addr() as u64,
-            ..uapi::Argument::new()
-        };
-        // SAFETY: There is room for that many pages.
-        unsafe { uapi::ioctl(gpu.as_fd(), &mut query) }?;
-    }
-    Ok(pages.iter().filter(|page| page.state == IN_VRAM).count())
+    pages_in(gpu, memory, PageState::Vram)
 }
 
 /// A number from the statistics of the file.
@@ -182,8 +152,8 @@ fn in_vram(count: usize, advice: i32, seed: u64) -> Result<Option<(Gpu, Mapping)
     }
     let memory = memory_of(count, advice)?;
     fill(&memory, seed);
-    advise(&gpu, &memory, LOCATION, VRAM)?;
-    advise(&gpu, &memory, PREFETCH, VRAM)?;
+    prefer(&gpu, &memory, Location::Vram)?;
+    prefetch(&gpu, &memory, Location::Vram)?;
     ensure_eq!(pages_in_vram(&gpu, &memory)?, memory.pages(), "pages in VRAM");
     Ok(Some((gpu, memory)))
 }
@@ -214,7 +184,7 @@ fn moved_to_vram_by_an_access() -> TestResult {
         let gpu = open()?;
         let memory = memory_of(3, advice)?;
         fill(&memory, 1);
-        advise(&gpu, &memory, LOCATION, VRAM)?;
+        prefer(&gpu, &memory, Location::Vram)?;
         ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM before");
         copy_and_check(&gpu, &memory, 1)?;
         ensure_eq!(pages_in_vram(&gpu, &memory)?, memory.pages(), "pages in VRAM");
@@ -241,7 +211,7 @@ fn moved_to_vram_ahead_of_use() -> TestResult {
         &[add(&memory, 0).repeat(memory.pages() as u32).stride(4096)],
     )?;
     ensure_eq!(statistic(&gpu, "faults")?, faults, "faults");
-    advise(&gpu, &memory, PREFETCH, SYSTEM)?;
+    prefetch(&gpu, &memory, Location::System)?;
     ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM");
     check(&memory, 2).map(|()| Outcome::Passed)
 }
@@ -271,12 +241,12 @@ fn vram_that_was_never_touched_reads_as_zero() -> TestResult {
         drop(vram!(4, advice, 5));
         let gpu = open()?;
         let memory = memory_of(4, advice)?;
-        advise(&gpu, &memory, LOCATION, VRAM)?;
+        prefer(&gpu, &memory, Location::Vram)?;
         execute_ok(&gpu, &[add(&memory, 7)])?;
         let pages = pages_in_vram(&gpu, &memory)?;
         // An atomic operation pins, by default, or moves.
         ensure!(pages <= HUGE / 4096, "{pages} pages in VRAM");
-        advise(&gpu, &memory, PREFETCH, VRAM)?;
+        prefetch(&gpu, &memory, Location::Vram)?;
         let copy = Mapping::anonymous(memory.pages())?;
         execute_ok(
             &gpu,
@@ -300,7 +270,7 @@ fn vram_of_another_process_is_cleared() -> TestResult {
             };
             let more = memory_of(4, libc::MADV_NOHUGEPAGE)?;
             fill(&more, 6);
-            advise(&gpu, &more, PREFETCH, VRAM)?;
+            prefetch(&gpu, &more, Location::Vram)?;
             drop((memory, more));
             Ok(())
         })?;
@@ -313,7 +283,7 @@ fn vram_of_another_process_is_cleared() -> TestResult {
                 for page in (0..memory.pages()).step_by(3) {
                     memory.atomic(page * 4096).store(0, Ordering::Relaxed);
                 }
-                advise(&gpu, &memory, PREFETCH, VRAM)?;
+                prefetch(&gpu, &memory, Location::Vram)?;
                 let bytes = memory.read(0, memory.len());
                 let other = bytes.iter().position(|byte| *byte != 0);
                 ensure_eq!(other, None, "a byte that is not zero");
@@ -342,7 +312,7 @@ fn a_huge_page_comes_home_as_one() -> TestResult {
     if before == 0 {
         return Ok(Outcome::Skipped("there are no huge pages".to_owned()));
     }
-    advise(&gpu, &memory, PREFETCH, VRAM)?;
+    prefetch(&gpu, &memory, Location::Vram)?;
     let moved = pages_in_vram(&gpu, &memory)?;
     ensure_eq!(moved, memory.pages(), "pages in VRAM");
     // One access to each.
@@ -460,7 +430,7 @@ fn in_vram_then_write_protected() -> TestResult {
         check(&memory, 14)?;
         memory.protect(libc::PROT_READ | libc::PROT_WRITE)?;
         let gpu = open()?;
-        advise(&gpu, &memory, PREFETCH, VRAM)?;
+        prefetch(&gpu, &memory, Location::Vram)?;
         execute_ok(
             &gpu,
             &[Command::fill(memory.as_ptr().cast::<u64>(), 1, pattern(14, 0))],
@@ -543,7 +513,7 @@ fn in_vram_then_read_by_the_kernel() -> TestResult {
     // SAFETY: The memory is mapped, and nothing changes it.
     let bytes = unsafe { std::slice::from_raw_parts(memory.as_ptr(), memory.len()) };
     file.write_all(bytes)?;
-    advise(&gpu, &memory, PREFETCH, VRAM)?;
+    prefetch(&gpu, &memory, Location::Vram)?;
     let mut read = Vec::new();
     file.rewind()?;
     file.read_to_end(&mut read)?;
@@ -595,7 +565,7 @@ fn in_vram_for_two_files() -> TestResult {
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let (gpu, memory) = vram!(2, advice, 25);
         let other = open()?;
-        advise(&other, &memory, LOCATION, VRAM)?;
+        prefer(&other, &memory, Location::Vram)?;
         for _ in 0..3 {
             copy_and_check(&other, &memory, 25)?;
             copy_and_check(&gpu, &memory, 25)?;
@@ -620,9 +590,9 @@ fn files_stay_where_they_are() -> TestResult {
         libc::MAP_SHARED | libc::MAP_ANONYMOUS,
     )?;
     fill(&memory, 26);
-    advise(&gpu, &memory, LOCATION, VRAM)?;
+    prefer(&gpu, &memory, Location::Vram)?;
     copy_and_check(&gpu, &memory, 26)?;
-    advise(&gpu, &memory, PREFETCH, VRAM)?;
+    prefetch(&gpu, &memory, Location::Vram)?;
     ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM");
     check(&memory, 26).map(|()| Outcome::Passed)
 }
@@ -630,7 +600,7 @@ fn files_stay_where_they_are() -> TestResult {
 fn atomic_operations_in_vram() -> TestResult {
     let gpu = open()?;
     let memory = page_with(5)?;
-    advise(&gpu, &memory, ATOMICS_MIGRATE.0, ATOMICS_MIGRATE.1)?;
+    atomics(&gpu, &memory, Atomics::Migrate)?;
     for round in 0..20 {
         execute_ok(&gpu, &[add(&memory, 1)])?;
         ensure_eq!(pages_in_vram(&gpu, &memory)?, 1, "pages in VRAM");
@@ -641,9 +611,47 @@ fn atomic_operations_in_vram() -> TestResult {
 }
 
 fn atomic_operations_in_vram_under_contention() -> TestResult {
+    contend(Atomics::Migrate)
+}
+
+fn atomic_operations_on_an_exclusive_page_under_contention() -> TestResult {
+    contend(Atomics::Exclusive)
+}
+
+fn atomic_operations_on_exclusive_pages() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let gpu = open()?;
+        let memory = memory_of(1, advice)?;
+        fill(&memory, 28);
+        atomics(&gpu, &memory, Atomics::Exclusive)?;
+        let work = add(&memory, 1).repeat(memory.pages() as u32).stride(4096);
+        for round in 1..=3 {
+            execute_ok(&gpu, &[work])?;
+            ensure!(statistic(&gpu, "exclusives")? > 0, "no page was exclusive");
+            // To ask takes nothing back: asked again, the answer is the same.
+            for _ in 0..2 {
+                let exclusive = pages_in(&gpu, &memory, PageState::Exclusive)?;
+                ensure_eq!(exclusive, memory.pages(), "exclusive pages");
+            }
+            for page in (0..memory.pages()).step_by(7) {
+                let found = memory.atomic(page * 4096).load(Ordering::Relaxed);
+                ensure_eq!(found, pattern(28, page * 512) + round, "page {page}");
+            }
+        }
+        ensure_eq!(statistic(&gpu, "pins")?, 0, "pins");
+        for page in 0..memory.pages() {
+            memory.atomic(page * 4096).fetch_sub(3, Ordering::Relaxed);
+        }
+        check(&memory, 28)?;
+    }
+    PASSED
+}
+
+/// The CPU and the GPU count up the same number.
+fn contend(how: Atomics) -> TestResult {
     let gpu = open()?;
     let memory = page_with(0)?;
-    advise(&gpu, &memory, ATOMICS_MIGRATE.0, ATOMICS_MIGRATE.1)?;
+    atomics(&gpu, &memory, how)?;
     let done = AtomicBool::new(false);
     let (by_gpu, by_cpu) = std::thread::scope(|scope| {
         let cpu = scope.spawn(|| {
@@ -690,7 +698,7 @@ fn vram_accounting_is_the_same_after_a_round_trip() -> TestResult {
         };
         let (own, all) = (rss()?, meminfo("AnonPages")?);
         for _ in 0..5 {
-            advise(&gpu, &memory, PREFETCH, VRAM)?;
+            prefetch(&gpu, &memory, Location::Vram)?;
             let there = rss()?;
             ensure!(there.abs_diff(own) <= 512, "{there} KiB in VRAM, and had {own}");
             check(&memory, 27)?;
@@ -745,7 +753,7 @@ fn work_on_much(seed: u64) -> Result<Option<()>, Failure> {
     }
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let memory = memory_of(4 * vram / HUGE, advice)?;
-        advise(&gpu, &memory, LOCATION, VRAM)?;
+        prefer(&gpu, &memory, Location::Vram)?;
         let words = memory.len() / 8;
         let piece = 16 << 10;
         for word in (0..words).step_by(piece / 8) {
@@ -803,8 +811,8 @@ fn munmap_while_moving() -> TestResult {
         std::thread::scope(|scope| {
             let mover = scope.spawn(|| {
                 // Both fail or not, as it comes.
-                let _ = advise(&gpu, &memory, PREFETCH, VRAM);
-                let _ = advise(&gpu, &memory, PREFETCH, SYSTEM);
+                let _ = prefetch(&gpu, &memory, Location::Vram);
+                let _ = prefetch(&gpu, &memory, Location::System);
             });
             for part in 0..4 {
                 let start = part * length / 4;
