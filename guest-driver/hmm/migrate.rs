@@ -444,18 +444,17 @@ impl<'a> Unmapped<'a> {
         let entries = self.entries.as_ref()?;
         let source = entries.get(index)?;
         match source.what {
-            // What the patched kernel has checked already.
-            // SAFETY: The page is locked and referenced by the migration.
-            What::System(pfn)
-                if entries.purpose == Purpose::Pin
-                    && !KERNEL_PINS
-                    && !unsafe { c::pinion_page_may_pin(pfn.page()) } =>
-            {
-                None
+            What::System(pfn) => {
+                // The patched kernel has checked this already.
+                let pinnable = KERNEL_PINS || entries.purpose != Purpose::Pin || {
+                    // SAFETY: The page is locked and referenced by the migration.
+                    unsafe { c::pinion_page_may_pin(pfn.page()) }
+                };
+                // The kernel would go on comparing such a page with others, for which it has to read it.
+                // SAFETY: As above.
+                let compared = unsafe { c::pinion_page_is_ksm(pfn.page()) };
+                (pinnable && !compared).then_some(source)
             }
-            // The kernel would go on comparing it with others, for which it has to read it.
-            // SAFETY: As above.
-            What::System(pfn) if unsafe { c::pinion_page_is_ksm(pfn.page()) } => None,
             _ => Some(source),
         }
     }

@@ -77,9 +77,9 @@ impl NewSystemPage {
     pub(super) unsafe fn new(vma: *mut bindings::vm_area_struct, address: usize, order: u32) -> Option<Self> {
         // SAFETY: By the contract.
         let page = unsafe { c::pinion_alloc_vma_page(vma, address, order) };
-        // SAFETY: A page, if it is not null.
         // INVARIANT: The helper has locked it.
         (!page.is_null()).then(|| Self {
+            // SAFETY: It is a page.
             first: unsafe { Pfn::of(page) },
             order,
         })
@@ -89,9 +89,9 @@ impl NewSystemPage {
     pub(super) fn anywhere() -> Option<Self> {
         // SAFETY: No preconditions.
         let page = unsafe { c::pinion_alloc_page() };
-        // SAFETY: A page, if it is not null.
         // INVARIANT: The helper has locked it.
         (!page.is_null()).then(|| Self {
+            // SAFETY: It is a page.
             first: unsafe { Pfn::of(page) },
             order: 0,
         })

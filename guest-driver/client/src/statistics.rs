@@ -18,6 +18,8 @@ pub struct Statistics {
     pub unpins: u64,
     /// Pages that were mapped for the GPU without being pinned.
     pub mirrors: u64,
+    /// Pages that were made exclusive to the device in place, by `make_device_exclusive`.
+    pub exclusives: u64,
     /// Pages that were moved to VRAM.
     pub to_vram: u64,
     /// Pages that came home from VRAM.
@@ -68,6 +70,7 @@ impl Statistics {
                 "pins" => &mut statistics.pins,
                 "unpins" => &mut statistics.unpins,
                 "mirrors" => &mut statistics.mirrors,
+                "exclusives" => &mut statistics.exclusives,
                 "to-vram" => &mut statistics.to_vram,
                 "from-vram" => &mut statistics.from_vram,
                 "evictions" => &mut statistics.evictions,
@@ -94,7 +97,7 @@ mod tests {
     #[test]
     fn statistics_of_an_fdinfo_file() {
         let text = "pos:\t0\nflags:\t0100002\npinion-driver:\tpinion\npinion-client-id:\t5\npinion-faults:\t12\n\
-                    pinion-pins:\t3\npinion-unpins:\t2\npinion-mirrors:\t5\npinion-to-vram:\t8\n\
+                    pinion-pins:\t3\npinion-unpins:\t2\npinion-mirrors:\t5\npinion-exclusives:\t9\npinion-to-vram:\t8\n\
                     pinion-from-vram:\t6\npinion-evictions:\t1\npinion-invalidations:\t7\n\
                     pinion-submissions:\t4\npinion-commands:\t40\npinion-completed:\t3\npinion-failed:\t1\n\
                     pinion-outstanding:\t1\npinion-engine-ring0:\t1500 ns\npinion-engine-ring1:\t0 ns\npinion-later:\t9\n";
@@ -104,6 +107,7 @@ mod tests {
             pins: 3,
             unpins: 2,
             mirrors: 5,
+            exclusives: 9,
             to_vram: 8,
             from_vram: 6,
             evictions: 1,

@@ -11,7 +11,9 @@ use pinion_client::{Command, Gpu, PageState, Status, Submit};
 use pinion_tests::{DEVICE, Failure, Mapping};
 
 /// Longest time that anything may take when there is no device.
-const BOUND: Duration = Duration::from_secs(30);
+fn bound() -> Duration {
+    pinion_tests::patiently(Duration::from_secs(30))
+}
 
 fn run() -> Result<(), Failure> {
     let gpu = Gpu::open(DEVICE)?;
@@ -24,7 +26,7 @@ fn run() -> Result<(), Failure> {
         .stride(4096);
     // SAFETY: The mapping is accessed through atomics, and is there until the end.
     let work = unsafe { gpu.submit(0, &[command]) }?;
-    if !gpu.wait(work, BOUND)?.is_ok() {
+    if !gpu.wait(work, bound())?.is_ok() {
         return Err("the GPU has not done what it should do before it is killed".into());
     }
     let command = Command::atomic_add(busy.as_ptr().cast::<u64>(), 1).repeat(u32::MAX);
@@ -48,24 +50,24 @@ fn run() -> Result<(), Failure> {
     // There is no telling when the device is killed, only that it is soon: the wait is for that, too.
     // It waits without asking the driver for anything, which has to find out by itself.
     let started = Instant::now();
-    if !fence.wait(BOUND * 2)? {
+    if !fence.wait(bound() * 2)? {
         return Err("the fence has not passed".into());
     }
     for work in [work, held] {
-        let completion = gpu.wait(work, BOUND * 2)?;
+        let completion = gpu.wait(work, bound() * 2)?;
         println!("the wait ended after {:?}: {completion:?}", started.elapsed());
-        if completion.status != Status::DeviceLost || started.elapsed() > BOUND {
+        if completion.status != Status::DeviceLost || started.elapsed() > bound() {
             return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
         }
     }
     // All three are told of, and then that there will be no more.
     let mut ended = 0;
     let error = loop {
-        match gpu.ended(BOUND) {
+        match gpu.ended(bound()) {
             Ok(count) => ended += count,
             Err(error) => break error,
         }
-        if started.elapsed() > BOUND {
+        if started.elapsed() > bound() {
             return Err("reading does not end".into());
         }
     };
@@ -81,7 +83,7 @@ fn run() -> Result<(), Failure> {
         }
     }
     println!("the pinned pages came home after {:?}", started.elapsed());
-    if started.elapsed() > BOUND {
+    if started.elapsed() > bound() {
         return Err(format!("the pinned pages came home only after {:?}", started.elapsed()).into());
     }
 

@@ -9,7 +9,7 @@ use pinion_client::{Command, Location};
 use pinion_tests::{Failure, Mapping};
 
 use crate::support::{
-    PASSED, SOON, TestResult, ensure, ensure_eq, execute_ok, open, page_with, pin, submit_on, tests, value,
+    PASSED, TestResult, ensure, ensure_eq, execute_ok, open, page_with, pin, soon, submit_on, tests, value,
 };
 
 tests! {
@@ -86,7 +86,7 @@ fn tracepoints_tell_what_happens() -> TestResult {
     }
     let failing = Command::fill::<u64>(std::ptr::without_provenance_mut(0x1000), 1, 1);
     let failed = submit_on(&gpu, 0, &[failing])?;
-    ensure!(!gpu.wait(failed, SOON)?.is_ok(), "it has succeeded");
+    ensure!(!gpu.wait(failed, soon())?.is_ok(), "it has succeeded");
     write("events/pinion/enable", "0")?;
     let trace = fs::read_to_string(mount.0.join("trace"))?;
     let lines = |event: &str| -> Vec<&str> {
@@ -150,7 +150,7 @@ fn debugfs_counts() -> TestResult {
         execute_ok(&gpu, &[command, command])?;
     }
     let malformed = submit_on(&gpu, 0, &[Command::atomic_add(memory.at(1).cast::<u64>(), 1)])?;
-    ensure!(!gpu.wait(malformed, SOON)?.is_ok(), "it has succeeded");
+    ensure!(!gpu.wait(malformed, soon())?.is_ok(), "it has succeeded");
     let after = row(&rings, 0)?;
     for (name, expected) in [
         ("ring", 0),
