@@ -471,7 +471,12 @@ impl AddressSpace {
         if vram && self.has_vram() && self.is_at_home(&mm, &window, va)? {
             let base = va & !(WINDOW_SIZE - 1);
             let around = base.max(alike.start)..(base + WINDOW_SIZE).min(alike.end);
-            let result = self.to_vram(&mm, &window, around, wanted.clone(), batch);
+            let mut result = self.to_vram(&mm, &window, around.clone(), wanted.clone(), batch);
+            if result == Err(EBUSY) && !must && batch.iter().any(|other| other.fault == fault.fault) {
+                // Whether it worked shows in what comes next.
+                let _ = self.bring_near(&mm, &window, wanted.clone());
+                result = self.to_vram(&mm, &window, around, wanted.clone(), batch);
+            }
             match result {
                 Ok(()) | Err(EAGAIN) => return result,
                 // What cannot get there stays where it is.
@@ -487,6 +492,13 @@ impl AddressSpace {
             }
         }
         self.map_where_it_is(&mm, &window, wanted, policy, batch)
+    }
+
+    /// Brings the pages of `range`, which is a part of one window, to where they can be moved from: they may be swapped out, or in
+    /// the VRAM of another GPU.
+    fn bring_near(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
+        let owner = Some(self.gpu.memory().owner());
+        read_range(&mut window.begin(), mm, range, Wanted::Read, owner).map(drop)
     }
 
     /// Whether pages can be moved to VRAM.
@@ -792,10 +804,14 @@ impl AddressSpace {
                 let Ok(window) = self.window(&mm, piece.start) else {
                     continue;
                 };
-                for _ in 0..PREFETCH_ATTEMPTS {
-                    let result = self.to_vram(&mm, &window, piece.clone(), piece.clone(), &mut KVec::new());
-                    if result != Err(EAGAIN) {
-                        break;
+                for attempt in 0..PREFETCH_ATTEMPTS {
+                    match self.to_vram(&mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
+                        Err(EAGAIN) => {}
+                        // What cannot even be read stays where it is.
+                        Err(EBUSY) if attempt == 0 => {
+                            let _ = self.bring_near(&mm, &window, piece.clone());
+                        }
+                        _ => break,
                     }
                 }
             } else if self.home(piece, true, true) == Err(Trouble::NoMemory) {

@@ -143,7 +143,7 @@ pub(crate) fn read_range<M: Mirror>(
 ///
 /// # Errors
 ///
-/// As [`read_range`]; EFAULT if there is something that a device cannot use.
+/// As [`read_range`]; EFAULT if something is wanted and what is there cannot be used by a device.
 pub(crate) fn read_page<M: Mirror>(
     sequence: &mut Sequence<'_, M>,
     mm: &MmWithUser,
@@ -153,7 +153,8 @@ pub(crate) fn read_page<M: Mirror>(
 ) -> Result<Found> {
     let start = address & !(PAGE_SIZE - 1);
     let pages = read_range(sequence, mm, start..start + PAGE_SIZE, wanted, owner)?;
-    if pages.0.first().is_some_and(|entry| entry & ERROR != 0) {
+    // Where nothing is wanted, that can also be a huge page with another device, which would come home if it were.
+    if wanted != Wanted::Nothing && pages.0.first().is_some_and(|entry| entry & ERROR != 0) {
         return Err(EFAULT);
     }
     Ok(pages.get(0))

@@ -253,8 +253,8 @@ struct pinion_advise {
 #define PINION_LOCATION_VRAM		2	/* device memory: an access by the GPU brings it there */
 
 /*
- * Brings the pages of a range to a place, and maps them for the GPU, ahead of their use. What cannot be brought there stays
- * where it is; that is not an error. EOPNOTSUPP: there is no such place.
+ * Brings the pages of a range to a place ahead of their use; in VRAM they are mapped for the GPU as well. What cannot be brought
+ * there stays where it is; that is not an error. EOPNOTSUPP: there is no such place.
  */
 struct pinion_prefetch {
 	__u32 size;

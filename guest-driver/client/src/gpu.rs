@@ -331,8 +331,8 @@ impl Gpu {
         unsafe { self.request(&mut raw, || format!("{what} for {length:#x} bytes at {start:p}")) }
     }
 
-    /// Brings the pages from `start`, which is page-aligned, for `length` bytes, a multiple of the page size, to a place, and
-    /// maps them for the GPU. What cannot be brought there stays where it is.
+    /// Brings the pages from `start`, which is page-aligned, for `length` bytes, a multiple of the page size, to a place;
+    /// in VRAM they are mapped for the GPU as well. What cannot be brought there stays where it is.
     ///
     /// # Errors
     ///
