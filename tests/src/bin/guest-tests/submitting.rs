@@ -123,7 +123,7 @@ fn a_batch_has_many_commands() -> TestResult {
     PASSED
 }
 
-/// Eight threads on all rings: every one has its own numbers, and one that all share.
+/// Eight threads on all rings: every one has a number of its own for each ring, and there is one that all share.
 fn rings_are_used_by_many_threads() -> TestResult {
     const THREADS: usize = 8;
     const ROUNDS: u64 = 100;
@@ -135,10 +135,11 @@ fn rings_are_used_by_many_threads() -> TestResult {
         let workers: Vec<_> = (0..THREADS)
             .map(|thread| {
                 scope.spawn(move || -> Result<(), Failure> {
-                    let own = memory.page(thread).cast::<u64>();
                     let mut last = [0; 16];
                     for round in 0..ROUNDS {
                         let ring = (thread as u64 + round) as u32 % rings;
+                        // Not one number for all rings: nobody waits for one of them before using the next.
+                        let own = memory.at(thread * 4096 + 8 * ring as usize).cast::<u64>();
                         let commands = [
                             Command::atomic_add(own, 1).repeat(3),
                             Command::atomic_add(memory.page(THREADS).cast::<u64>(), 1),
@@ -168,8 +169,9 @@ fn rings_are_used_by_many_threads() -> TestResult {
     });
     results.into_iter().collect::<Result<Vec<_>, _>>()?;
     for thread in 0..THREADS {
-        let found = memory.atomic(thread * 4096).load(Ordering::Relaxed);
-        ensure_eq!(found, 3 * ROUNDS, "the number of thread {thread}");
+        let numbers = (0..rings as usize).map(|ring| memory.atomic(thread * 4096 + 8 * ring));
+        let found: u64 = numbers.map(|number| number.load(Ordering::Relaxed)).sum();
+        ensure_eq!(found, 3 * ROUNDS, "the numbers of thread {thread}");
     }
     // The device's loads and stores for two rings may come between each other.
     let shared = memory.atomic(THREADS * 4096).load(Ordering::Relaxed);
