@@ -205,10 +205,19 @@ fn guest_tests(guest: Guest) {
 /// Those that want a VRAM which is quickly filled.
 fn guest_tests_in_small_vram(guest: Guest) {
     let guest = Guest {
-        options: &["--memory", "2G", "--device-option", "--vram=32M"],
+        options: &["--memory", "2G", "--device-option", "--vram=8M"],
         ..guest
     };
     run_guest_tests(guest, &["small_vram"]);
+}
+
+/// Those that are about two GPUs.
+fn guest_tests_with_two_gpus(guest: Guest) {
+    let guest = Guest {
+        options: &["--memory", "2G", "--devices", "2"],
+        ..guest
+    };
+    run_guest_tests(guest, &["two_gpus"]);
 }
 
 /// The demonstration as a person runs it.
@@ -335,7 +344,7 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram examples demonstration contention_ten_times device_loss }
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times device_loss }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {
@@ -347,6 +356,11 @@ mod debug {
     #[test]
     fn guest_tests_in_small_vram() {
         super::guest_tests_in_small_vram(super::DEBUG);
+    }
+
+    #[test]
+    fn guest_tests_with_two_gpus() {
+        super::guest_tests_with_two_gpus(super::DEBUG);
     }
 
     #[test]

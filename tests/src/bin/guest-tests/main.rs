@@ -11,6 +11,7 @@ mod interface;
 mod lifetime;
 mod observing;
 mod ownership;
+mod several;
 mod submitting;
 mod support;
 mod vram;
@@ -48,7 +49,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    vram::FILLING.to_vec()
+    [vram::FILLING, several::TESTS].concat()
 }
 
 /// Runs a test in this process.
