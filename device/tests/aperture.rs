@@ -289,6 +289,33 @@ fn a_frontend_that_never_answers_keeps_nobody() {
     let _ = first;
 }
 
+/// Each that goes, with the channel left open, leaves a thread behind; but not without end.
+#[test]
+fn many_frontends_that_never_answer() {
+    let mut daemon = Daemon::start(&["--aperture", "1M"]);
+    let pid = daemon.child.id();
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        let (mut guest, frontend) = start(&mut daemon);
+        guest.control_send(ping().as_bytes());
+        frontend.map();
+        silent.push(frontend);
+    }
+    for _ in 0..5 {
+        // Without an aperture, there is nothing to wait for.
+        let (mut guest, frontend) = start(&mut daemon);
+        assert_eq!(guest.simple(abi::REQUEST_PING, 0), OK);
+        assert!(frontend.asks_nothing());
+    }
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let waiting = threads.filter(|thread| {
+        let name = thread.as_ref().unwrap().path().join("comm");
+        std::fs::read_to_string(name).is_ok_and(|name| name.trim() == "aperture")
+    });
+    assert_eq!(waiting.count(), 8);
+    daemon.terminate_saying(&["there is no aperture: 8 frontends still owe an answer"]);
+}
+
 #[test]
 fn without_the_option_there_is_none() {
     let mut daemon = Daemon::start(&[]);

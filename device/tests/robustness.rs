@@ -436,6 +436,74 @@ fn queues_that_lie_on_each_other_or_in_nothing() {
     ends_well(daemon);
 }
 
+/// Starts a queue at the index `base`, its available ring somewhere.
+fn start_queue(guest: &mut Guest, queue: u16, base: u16, available: u64) {
+    let index = usize::from(queue);
+    let host = guest.regions()[0].userspace_addr;
+    let area = host + u64::from(queue) * (4 << 20);
+    let config = VringConfigData {
+        queue_max_size: QUEUE_SIZE,
+        queue_size: QUEUE_SIZE,
+        flags: 0,
+        desc_table_addr: area,
+        used_ring_addr: area + 0x3000,
+        avail_ring_addr: host + available,
+        log_addr: None,
+    };
+    let (kick, call) = (
+        guest.queues[index].kicker(),
+        guest.queues[index].call().try_clone(),
+    );
+    let frontend = &mut guest.frontend;
+    frontend.set_vring_num(index, QUEUE_SIZE).unwrap();
+    frontend.set_vring_base(index, base).unwrap();
+    frontend.set_vring_addr(index, &config).unwrap();
+    frontend.set_vring_call(index, &call.unwrap()).unwrap();
+    frontend.set_vring_kick(index, &kick).unwrap();
+    frontend.set_vring_enable(index, true).unwrap();
+}
+
+/// The entry that comes next cannot be read, though the index says that there is one. Nobody is kept busy with it, and
+/// above all not under a lock.
+#[test]
+fn available_rings_that_end_outside_of_memory() {
+    let mut daemon = Daemon::start(&[]);
+    let pid = rustix::process::Pid::from_child(&daemon.child);
+    let stat = format!("/proc/{}/stat", pid.as_raw_nonzero());
+    // In ticks of a hundredth of a second.
+    let spent = || -> u64 {
+        let stat = std::fs::read_to_string(&stat).unwrap();
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    for queue in 0..4 {
+        let mut guest = Guest::connect(&mut daemon, 1);
+        assert_eq!(guest.create(0), OK);
+        guest.frontend.get_vring_base(usize::from(queue)).unwrap();
+        // Its flags, its index, two entries.
+        guest.write(MEMORY - 8, &[0_u16, 3, 0, 0]);
+        start_queue(&mut guest, queue, 2, MEMORY - 8);
+        if queue != abi::QUEUE_CONTROL {
+            // The device goes on when the control queue does.
+            let base = guest.frontend.get_vring_base(0).unwrap() as u16;
+            start_queue(&mut guest, abi::QUEUE_CONTROL, base, 0x2000);
+        }
+        guest.queues[usize::from(queue)].kick_anyway();
+        if queue == abi::QUEUE_EVENT {
+            // There is something to be told.
+            guest.submit(0, 0, 1, &[increments(VA, 1)]);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let before = spent();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let ticks = spent() - before;
+        assert!(ticks < 10, "queue {queue}: {ticks} ticks in half a second");
+        drop(guest);
+        next_one_is_served(&mut daemon, "an available ring that ends outside of memory");
+    }
+    ends_well(daemon);
+}
+
 #[test]
 fn a_queue_of_a_size_that_none_can_have_is_refused() {
     let mut daemon = Daemon::start(&[]);

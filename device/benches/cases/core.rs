@@ -118,7 +118,7 @@ impl Core {
 
     fn begin(&self, submissions: impl IntoIterator<Item = Arc<Vec<u8>>>) {
         self.host.work.lock().waiting.extend(submissions);
-        self.gpu.doorbell(0);
+        self.gpu.attend(0);
     }
 
     fn wait(&self) {
@@ -284,7 +284,8 @@ impl Translations {
     fn new(last: bool) -> Self {
         let contexts = Contexts::new(Budget::new(MAX_NODES));
         contexts.create(0, vec![0]).unwrap();
-        let entries: Vec<_> = (0..Self::MANY).map(|page| ALL | (page * PAGE_SIZE)).collect();
+        // Every second page, so that none is in a block with others.
+        let entries: Vec<_> = (0..Self::MANY).map(|page| ALL | (2 * page * PAGE_SIZE)).collect();
         let context = contexts.get(0).unwrap();
         let garbage = context.table.write().write(0, &entries, false).unwrap();
         drop(garbage);

@@ -8,6 +8,8 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use pinion_abi::PAGE_SIZE;
+
 use crate::sync::{Instant, Mutex, now};
 
 /// How far behind the bus may be without anybody waiting, so that late wake-ups of the host cost no bandwidth.
@@ -55,6 +57,18 @@ impl Bus {
             .checked_add(Duration::from_nanos(nanoseconds))?;
         *free = done;
         (done > now).then_some(done)
+    }
+
+    /// How much may be moved in one stay: no more than a millisecond's worth, or a page, since what was given to the bus
+    /// goes over it even if its context has gone.
+    pub fn stay(&self) -> u64 {
+        self.bandwidth
+            .map_or(u64::MAX, |bandwidth| (bandwidth.get() / 1000).max(PAGE_SIZE))
+    }
+
+    /// Forgets what it was given: the device is reset.
+    pub fn clear(&self) {
+        *self.free.lock() = now().checked_sub(SLACK).unwrap_or_else(now);
     }
 }
 

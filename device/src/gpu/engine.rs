@@ -2,8 +2,8 @@
 
 //! Engines: each serves some rings, a slice of time after the other.
 //!
-//! An engine has a thread, but that is not always who does its work. Whoever rings a doorbell while the engine has nothing to do
-//! begins with it himself ([`doorbell`]): to wake another thread takes longer than most submissions. After one slice the thread
+//! An engine has a thread, but that is not always who does its work. Whoever has time for it when a doorbell rings, and the engine has nothing to do,
+//! begins with it himself ([`attend`]): to wake another thread takes longer than most submissions. After one slice the thread
 //! takes over, as it does in everything that has to be waited for.
 //!
 //! Ring `n` is on engine `n % engines`. A ring that cannot go on (it is stalled on a fault, waits for a semaphore or for
@@ -437,9 +437,19 @@ impl<H: Host> Worker<H> {
         let bus = std::mem::take(&mut tally.bus);
         statistics.bus_bytes.add(bus);
         if let (false, Some(task)) = (tally.accesses.is_empty(), &lane.task) {
-            let reached = shared
-                .counters
-                .add(task.context.id(), lane.ring, &tally.accesses, &shared.log);
+            let id = task.context.id();
+            // The counters are those of the context that has this number now, which may be another one already.
+            let making = shared.making.lock();
+            let same = shared
+                .contexts
+                .get(id)
+                .is_ok_and(|known| Arc::ptr_eq(&known, &task.context));
+            let reached = if same {
+                shared.counters.add(id, lane.ring, &tally.accesses, &shared.log)
+            } else {
+                0
+            };
+            drop(making);
             tally.accesses.clear();
             if reached > 0 {
                 statistics.access_counts.add(reached);
@@ -558,7 +568,8 @@ impl<H: Host> Worker<H> {
             let submission = match Submission::decode(&lane.bytes, rings, &mut lane.commands) {
                 Ok(submission) => submission,
                 Err((sequence, error)) => {
-                    self.complete(lane, Some(ticket), sequence, self.failure(error));
+                    let failed = self.failure(lane.ring, sequence, error);
+                    self.complete(lane, Some(ticket), sequence, failed);
                     continue;
                 }
             };
@@ -569,7 +580,8 @@ impl<H: Host> Worker<H> {
                 Ok(context) if context.is_meant_by(lane.ring, position) => context,
                 _ => {
                     let error = shared.without_context(lane.ring, position);
-                    self.complete(lane, Some(ticket), submission.sequence, self.failure(error));
+                    let failed = self.failure(lane.ring, submission.sequence, error);
+                    self.complete(lane, Some(ticket), submission.sequence, failed);
                     continue;
                 }
             };
@@ -603,7 +615,7 @@ impl<H: Host> Worker<H> {
         };
         if let Err(error) = result {
             completion = Completion {
-                status: self.failure(error).status,
+                status: self.failure(lane.ring, task.sequence, error).status,
                 fault_va: va,
                 repeats: task.execution.as_ref().map_or(0, Execution::repeats),
                 ..completion
@@ -614,9 +626,10 @@ impl<H: Host> Worker<H> {
     }
 
     /// Notes that a submission fails.
-    fn failure(&self, error: Error) -> Completion {
+    fn failure(&self, ring: u16, sequence: u64, error: Error) -> Completion {
         self.shared.statistics.submissions_failed.count();
-        self.shared.refused("a submission", error);
+        self.shared
+            .refused(format_args!("submission {sequence} to ring {ring}"), error);
         Completion {
             status: error.code(),
             ..Completion::default()
@@ -696,17 +709,19 @@ pub(super) fn run<H: Host>(shared: &Shared<H>, engine: &Engine, desk: &Mutex<Wor
 }
 
 /// There is something new about a ring: does what can be done about it at once, unless somebody else is at it.
-pub(super) fn doorbell<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
+pub(super) fn attend<H: Host>(engine: &Engine, desk: &Mutex<Worker<H>>, ring: u16) {
     engine.note(ring);
     let Some(mut worker) = desk.try_lock() else {
         // Whoever it is may have looked before. The engine's thread looks again.
-        engine.wake();
+        if !sabotaged(Sabotage::LeavesUnsaid) {
+            engine.wake();
+        }
         return;
     };
     let bell = engine.listen(Wait::No);
     let wait = worker.work(engine, bell, Thread::Borrowed);
     drop(worker);
-    if !matches!(wait, Wait::Forever) {
+    if !matches!(wait, Wait::Forever) && !sabotaged(Sabotage::LeavesUnsaid) {
         engine.poke();
     }
 }
@@ -742,7 +757,7 @@ fn work<H: Host>(
     let Some(task) = &mut lane.task else {
         return Stay::Abandoned;
     };
-    let mut budget = Budget::new(gate);
+    let mut budget = Budget::new(gate, shared.bus.stay());
     if let Some((va, length)) = task.indirect {
         match load(window, va, length, &mut lane.bytes) {
             Ok(()) => task.indirect = None,

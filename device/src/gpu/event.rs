@@ -87,6 +87,13 @@ impl EventLog {
             .retain(|record| record.context != context || record.kind == EVENT_DEVICE_RESET);
     }
 
+    /// Drops the hints of work that has ended, of one context or of all.
+    pub fn forget_hints(&self, context: Option<u32>) {
+        self.records.lock().retain(|record| {
+            record.kind != EVENT_PREFETCH || context.is_some_and(|context| record.context != context)
+        });
+    }
+
     /// Drops the records of work of a context that has ended. Its counters stay, and what they have to tell.
     pub fn forget_work(&self, context: u32) {
         self.records.lock().retain(|record| {
@@ -104,5 +111,32 @@ impl EventLog {
     /// Drops all records.
     pub fn clear(&self) {
         self.records.lock().clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_are_forgotten_and_nothing_else() {
+        let log = EventLog::default();
+        let record = |kind, context| EventRecord {
+            kind,
+            context,
+            ..EventRecord::default()
+        };
+        for context in [1, 2] {
+            log.hint(record(EVENT_PREFETCH, context));
+            log.push(record(EVENT_FAULT, context));
+        }
+        log.forget_hints(Some(1));
+        assert_eq!(log.len(), 3);
+        log.forget_hints(None);
+        let left = [log.take(), log.take(), log.take()];
+        assert_eq!(
+            left.map(|record| record.map(|record| (record.kind, record.context))),
+            [Some((EVENT_FAULT, 1)), Some((EVENT_FAULT, 2)), None]
+        );
     }
 }

@@ -42,12 +42,17 @@ impl<'a> Budget<'a> {
     /// What an operation of an ATOMIC, or a lookup, costs.
     const OPERATION: u64 = 256;
 
-    /// A budget for one stay inside `gate`.
-    pub fn new(gate: &'a Gate) -> Self {
+    /// A budget for one stay inside `gate`: no more than `most`, if that is less than usual.
+    pub fn new(gate: &'a Gate, most: u64) -> Self {
         Self {
-            left: Self::STAY,
+            left: Self::STAY.min(most),
             gate,
         }
+    }
+
+    /// Most bytes that are moved at once.
+    fn piece(&self) -> u64 {
+        PIECE.min(self.left).max(PAGE_SIZE)
     }
 
     /// Takes from it. What is spent may be more than what is left.
@@ -282,7 +287,7 @@ impl Execution {
             let size = left.min(before_end(source)).min(before_end(destination));
             (left.wrapping_sub(size), size)
         } else {
-            (self.done, left.min(PIECE))
+            (self.done, left.min(budget.piece()))
         };
         let (source, destination) = (source.wrapping_add(offset), destination.wrapping_add(offset));
         // What can be said to the driver in advance: only forwards does the rest lie ahead.
@@ -404,7 +409,7 @@ impl Execution {
             };
             let offset = (va & OFFSET_MASK) as usize;
             self.found = here
-                .operate(offset, atomic, around.round_trip)
+                .operate(offset, atomic, around.round_trip, budget)
                 .ok_or(Trouble::Bus(va))?;
             if !here.vram {
                 // There and back, or one way only.
@@ -606,7 +611,7 @@ struct Page<'a> {
 }
 
 macro_rules! operate {
-    ($page:ident, $offset:ident, $atomic:ident, $round_trip:ident, $type:ty, $apply:expr) => {{
+    ($page:ident, $offset:ident, $atomic:ident, $bus:expr, $type:ty, $apply:expr) => {{
         let place = $page.bytes.get_atomic_ref::<$type>($offset).ok()?;
         match $atomic.operation {
             Operation::Load => place.load(Ordering::Relaxed),
@@ -621,7 +626,7 @@ macro_rules! operate {
                 // A load and a store, and whatever the CPUs do in between is lost: the bus has no atomics.
                 // This is what exclusive access is for.
                 let old = place.load(Ordering::Relaxed);
-                bus($round_trip);
+                $bus;
                 place.store($apply(old), Ordering::Relaxed);
                 old
             }
@@ -632,7 +637,13 @@ macro_rules! operate {
 impl Page<'_> {
     /// Does one operation at `offset` and says what it found; none if that is not in the page, or the
     /// memory behind the page is not aligned.
-    fn operate(&self, offset: usize, atomic: &Atomic, round_trip: Duration) -> Option<u64> {
+    fn operate(
+        &self,
+        offset: usize,
+        atomic: &Atomic,
+        round_trip: Duration,
+        budget: &Budget<'_>,
+    ) -> Option<u64> {
         let Atomic {
             operation,
             operand,
@@ -642,11 +653,11 @@ impl Page<'_> {
         Some(match atomic.width {
             Width::W4 => {
                 let apply = |old| operation.apply32(old, operand as u32, compare as u32);
-                operate!(self, offset, atomic, round_trip, AtomicU32, apply).into()
+                operate!(self, offset, atomic, bus(round_trip, budget), AtomicU32, apply).into()
             }
             Width::W8 => {
                 let apply = |old| operation.apply64(old, operand, compare);
-                operate!(self, offset, atomic, round_trip, AtomicU64, apply)
+                operate!(self, offset, atomic, bus(round_trip, budget), AtomicU64, apply)
             }
         })
     }
@@ -658,7 +669,9 @@ impl Page<'_> {
 /// the two a processor hardly ever gets in between, and a driver that forgets to ask for exclusive access
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
-fn bus(round_trip: Duration) {
+///
+/// A slow bus takes longer, but nobody waits at the gate for that.
+fn bus(round_trip: Duration, budget: &Budget<'_>) {
     point();
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
@@ -667,7 +680,7 @@ fn bus(round_trip: Duration) {
     std::hint::black_box(number);
     if !round_trip.is_zero() {
         let start = now();
-        while now().saturating_duration_since(start) < round_trip {
+        while now().saturating_duration_since(start) < round_trip && !budget.gate.is_wanted() {
             std::hint::spin_loop();
         }
     }

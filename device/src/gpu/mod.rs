@@ -21,7 +21,7 @@
 //! | `inject.rs`, `statistics.rs`, `state.rs` | deliberate defects; what has happened, and how things are |
 //! | `sabotage.rs` | promises that models break |
 //!
-//! Lock order: gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
+//! Lock order: making, then any other; gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
 //! then event log; counters, then event log. Nothing else is nested, and the [`Host`] is called with none of them held.
 
 #![deny(
@@ -98,6 +98,9 @@ use crate::rate_limit::{RateLimit, warn_limited};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Mutex};
+
+/// Number of statuses.
+const STATUSES: usize = abi::STATUS_HUNG as usize + 1;
 
 /// What a device is like.
 #[derive(Clone, Copy, Debug)]
@@ -185,7 +188,9 @@ struct Shared<H: Host> {
     statistics: Arc<Statistics>,
     injector: Arc<Injector>,
     /// For each kind of mistake that is logged.
-    complaints: [RateLimit; 5],
+    complaints: [RateLimit; STATUSES],
+    /// Held while a context or a counter is made, and while the device is reset.
+    making: Mutex<()>,
     ending: AtomicBool,
 }
 
@@ -254,22 +259,22 @@ impl<H: Host> Shared<H> {
         }
     }
 
-    /// Counts and logs an error: once in a while those that only a mistake leads to, the others when somebody debugs.
-    fn refused(&self, what: &str, error: Error) {
+    /// Counts an error, and logs it once in a while: as a warning if only a mistake leads to it.
+    fn refused(&self, what: std::fmt::Arguments<'_>, error: Error) {
         self.statistics.status(error).count();
-        let mistake = match error {
-            Error::Invalid => 0,
-            Error::Unsupported => 1,
-            Error::BadAddress => 2,
-            Error::Bus => 3,
-            Error::Limit => 4,
-            _ => {
-                log::debug!("{what}: {error}");
-                return;
-            }
+        let Some(limit) = self.complaints.get(error.code() as usize) else {
+            return;
         };
-        if let Some(limit) = self.complaints.get(mistake) {
-            warn_limited!(limit = *limit; "{what} of the driver was refused: {error}");
+        match error {
+            Error::Invalid | Error::Unsupported | Error::BadAddress | Error::Bus | Error::Limit => {
+                warn_limited!(limit = *limit; "{what} was refused: {error}");
+            }
+            // A driver gets these without a mistake too: things end while it speaks of them.
+            _ => {
+                if let Some(suppressed) = limit.admit() {
+                    log::info!("{what} was refused: {error}{suppressed}");
+                }
+            }
         }
     }
 
@@ -292,16 +297,23 @@ impl<H: Host> Shared<H> {
 
     /// Ends all contexts and their work, and clears VRAM.
     fn reset_device(&self) {
+        // A device can reset itself while a request is carried out. What that makes is there before, and goes, or comes
+        // after.
+        let _making = self.making.lock();
         for (first, position) in self.reset.iter().zip(self.positions()) {
             first.fetch_max(position, Ordering::AcqRel);
         }
         self.contexts.remove_all();
-        let woken = self.faults.end_all(Error::Reset);
+        // First the counters: those that are there still can put something into the log.
         self.counters.clear();
+        let woken = self.faults.end_all(Error::Reset);
         if sabotaged(Sabotage::ClearsVramEarly) {
             self.vram.clear();
         }
         self.through_gates(|inside| inside.tlb.clear());
+        // A PREFETCH that was in flight has put its hint into the log behind the rest.
+        self.log.forget_hints(None);
+        self.bus.clear();
         for engine in &self.engines {
             engine.gate.notify();
         }
@@ -380,6 +392,7 @@ impl<H: Host> Gpu<H> {
             statistics,
             injector,
             complaints: Default::default(),
+            making: Mutex::new(()),
             ending: AtomicBool::new(false),
         });
         let mut gpu = Self {
@@ -431,12 +444,17 @@ impl<H: Host> Gpu<H> {
         }
     }
 
-    /// A submission may have come in. The caller may find itself working on it, for a fraction of a millisecond, so it
-    /// must not hold a lock that the [`Host`] takes.
+    /// A submission may have come in.
     pub fn doorbell(&self, ring: u16) {
+        self.shared.ring(ring);
+    }
+
+    /// A submission may have come in, and the caller has time: it does the first of the work itself, for a fraction of a
+    /// millisecond, if nobody else is at it. It must not hold a lock that the [`Host`] takes.
+    pub fn attend(&self, ring: u16) {
         let number = self.shared.engine_of(ring);
         if let (Some(engine), Some(desk)) = (self.shared.engines.get(number), self.desks.get(number)) {
-            engine::doorbell(engine, desk, ring);
+            engine::attend(engine, desk, ring);
         }
     }
 
@@ -455,19 +473,21 @@ impl<H: Host> Gpu<H> {
                         }
                         return Answer::Later;
                     }
-                    Err((ticket, error)) => return Answer::Now(ticket, self.response(Err(error))),
+                    Err((ticket, error)) => return Answer::Now(ticket, self.response(request, Err(error))),
                 }
             }
             Ok(request) => self.carry_out(request),
             Err(error) => Err(error),
         };
-        Answer::Now(ticket, self.response(result))
+        Answer::Now(ticket, self.response(request, result))
     }
 
-    fn response(&self, result: Result<u64, Error>) -> abi::Response {
+    fn response(&self, request: &[u8], result: Result<u64, Error>) -> abi::Response {
         if let Err(error) = &result {
             self.shared.statistics.requests_refused.count();
-            self.shared.refused("a request", *error);
+            let (opcode, context) = request::subject(request);
+            self.shared
+                .refused(format_args!("request {opcode} for context {context}"), *error);
         }
         abi::Response {
             status: status::code(&result),
@@ -481,7 +501,10 @@ impl<H: Host> Gpu<H> {
         match request {
             // REPLAY is answered elsewhere.
             Request::Ping | Request::Replay { .. } => {}
-            Request::Create { context } => shared.contexts.create(context, shared.positions())?,
+            Request::Create { context } => {
+                let _making = shared.making.lock();
+                shared.contexts.create(context, shared.positions())?;
+            }
             Request::Destroy { context } => self.destroy(context)?,
             Request::ContextReset { context } => self.reset_context(context)?,
             Request::DeviceReset => shared.reset_device(),
@@ -504,6 +527,7 @@ impl<H: Host> Gpu<H> {
             }
             Request::Query(query) => return self.query(query),
             Request::Count(request) => {
+                let _making = shared.making.lock();
                 let context = shared.contexts.get(request.context)?;
                 let any = shared.counters.set(&request, &shared.log)?;
                 context.set_counting(any);
@@ -555,6 +579,7 @@ impl<H: Host> Gpu<H> {
         shared.counters.forget(id);
         let woken = shared.faults.end_context(id);
         shared.through_gates(|inside| inside.tlb.invalidate_context(id));
+        shared.log.forget_hints(Some(id));
         self.interrupt(woken);
         if late {
             shared.contexts.remove(id)?;
@@ -571,6 +596,7 @@ impl<H: Host> Gpu<H> {
         let woken = shared.faults.reset_context(&context, &shared.positions());
         // Through all gates once: what was in flight has ended.
         self.interrupt(woken);
+        shared.log.forget_hints(Some(id));
         Ok(())
     }
 
@@ -578,7 +604,7 @@ impl<H: Host> Gpu<H> {
     pub fn invalidate(&self, request: &[u8]) -> abi::Response {
         self.shared.statistics.invalidations.count();
         let result = Invalidate::decode(request).and_then(|request| self.invalidate_range(request));
-        self.response(result.map(|()| 0))
+        self.response(request, result.map(|()| 0))
     }
 
     fn invalidate_range(&self, request: Invalidate) -> Result<(), Error> {

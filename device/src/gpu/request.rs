@@ -96,6 +96,11 @@ fn header(bytes: &[u8]) -> Result<abi::RequestHeader, Error> {
         .map_err(|_| Error::Invalid)
 }
 
+/// Opcode and context of a request, for a message about it; zero if they are not there.
+pub fn subject(bytes: &[u8]) -> (u16, u32) {
+    header(bytes).map_or((0, 0), |header| (header.opcode, header.context))
+}
+
 fn exactly<T: FromBytes>(bytes: &[u8]) -> Result<T, Error> {
     T::read_from_bytes(bytes).map_err(|_| Error::Invalid)
 }

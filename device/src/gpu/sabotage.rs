@@ -36,6 +36,8 @@ pub enum Sabotage {
     TellsFirst,
     /// The bell rings before it says for whom.
     RingsFirst,
+    /// Who attends to a ring and cannot, or cannot any more, does not tell the engine's thread.
+    LeavesUnsaid,
     /// An engine whose ring is empty does not ask once more.
     IgnoresIdle,
     /// The engines are told to look before they are told to end.

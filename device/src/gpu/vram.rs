@@ -14,6 +14,8 @@ use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
+/// Most pages that can have lost what was in them; no more fail then.
+const MAX_POISONED: usize = 1 << 16;
 /// Smallest VRAM that can be asked for.
 pub const MIN_SIZE: u64 = 1 << 20;
 /// Largest VRAM that can be asked for.
@@ -122,8 +124,9 @@ impl Vram {
 
     /// Has the page at `offset` lose what is in it.
     pub fn poison(&self, offset: u64) {
-        if offset < self.size {
-            self.poison.pages.lock().insert(offset & !(PAGE_SIZE - 1));
+        let mut pages = self.poison.pages.lock();
+        if offset < self.size && pages.len() < MAX_POISONED {
+            pages.insert(offset & !(PAGE_SIZE - 1));
             self.poison.any.store(true, Ordering::Relaxed);
         }
     }

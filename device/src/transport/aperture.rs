@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,30 @@ use crate::rate_limit::warn_limited;
 
 /// How long a driver's first request waits for the frontend.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most threads that wait for frontends, in the whole program. One that has gone, but keeps the channel open, keeps
+/// its thread and the VRAM that it was to map.
+const MAX_THREADS: usize = 8;
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// A place among the threads.
+struct Place;
+
+impl Place {
+    fn take() -> Option<Self> {
+        let more = |threads: usize| threads.checked_add(1).filter(|&threads| threads <= MAX_THREADS);
+        THREADS
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .ok()
+            .map(|_| Self)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        THREADS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 #[derive(Default)]
 struct State {
@@ -84,10 +109,18 @@ impl Aperture {
         if state.thread.is_some() {
             return;
         }
+        let Some(place) = Place::take() else {
+            state.channel = None;
+            warn_limited!("there is no aperture: {MAX_THREADS} frontends still owe an answer");
+            return;
+        };
         let shared = self.0.clone();
         let thread = std::thread::Builder::new()
             .name("aperture".into())
-            .spawn(move || shared.run());
+            .spawn(move || {
+                shared.run();
+                drop(place);
+            });
         match thread {
             Ok(thread) => state.thread = Some(thread),
             Err(error) => {

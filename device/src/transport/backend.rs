@@ -144,7 +144,7 @@ impl Backend {
         match queue {
             QUEUE_CONTROL | QUEUE_INVALIDATE => self.serve_requests(queue),
             QUEUE_EVENT => self.queues.pump_events(),
-            _ => self.gpu.doorbell(queue.saturating_sub(QUEUE_FIRST_RING)),
+            _ => self.gpu.attend(queue.saturating_sub(QUEUE_FIRST_RING)),
         }
     }
 

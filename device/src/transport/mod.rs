@@ -12,7 +12,7 @@
 //! | `memory.rs` | guest memory, as the core sees it |
 //!
 //! One worker thread of the library serves each queue: control and invalidation are carried out on
-//! theirs, the event queue's fills buffers, and a ring's only rings the engine's doorbell.
+//! theirs, the event queue's fills buffers, and a ring's begins with the work of the engine.
 
 #![deny(
     clippy::unwrap_used,

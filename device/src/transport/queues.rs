@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use pinion_abi::{self as abi, QUEUE_CONTROL, QUEUE_EVENT, QUEUE_FIRST_RING};
 use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
 use super::chain::{self, Ticket};
@@ -29,6 +29,8 @@ use crate::gpu::event::EventLog;
 use crate::gpu::inject::{Defect, Injector};
 use crate::rate_limit::{RateLimit, warn_limited};
 
+/// Bad chains that are returned before other queues are looked at.
+const MAX_BAD_CHAINS: usize = 64;
 /// Largest queue that a frontend may set up.
 pub(super) const MAX_QUEUE_SIZE: usize = 1024;
 
@@ -131,24 +133,29 @@ impl Queues {
         self.with(queue, |_, _| ()).is_some()
     }
 
-    /// Takes the next chain of a queue; bad ones are used with nothing written to them.
+    /// Takes the next chain of a queue; bad ones are used with nothing written to them. If there are many of
+    /// those it gives up, and [`Queues::listen`] says that there are more.
     fn take(&self, queue: u16, bytes: &mut Vec<u8>, limit: usize, answer: usize) -> Option<(Ticket, u64)> {
         // The lock is given up after each, so that a driver that makes bad chains without end keeps
-        // nobody else from the queue.
-        while let Some(taken) = self.with(queue, |slot, vring| {
-            let chain = vring.get_queue_mut().pop_descriptor_chain(self.memory.memory())?;
-            let position = slot.taken.fetch_add(1, Ordering::Relaxed);
-            bytes.clear();
-            let (ticket, result) = Ticket::take(chain, self.epoch(), bytes, limit, answer);
-            match result {
-                Ok(()) => Some(Some((ticket, position))),
-                Err(error) => {
-                    self.refuse(queue, slot, vring, &ticket, &error);
-                    self.announce_locked(slot, vring);
-                    Some(None)
+        // nobody else from the queue; and whoever takes them has other queues to look at.
+        for _ in 0..MAX_BAD_CHAINS {
+            let taken = self.with(queue, |slot, vring| {
+                if self.waiting(vring) == 0 {
+                    return None;
                 }
-            }
-        })? {
+                let chain = vring.get_queue_mut().pop_descriptor_chain(self.memory.memory())?;
+                let position = slot.taken.fetch_add(1, Ordering::Relaxed);
+                bytes.clear();
+                let (ticket, result) = Ticket::take(chain, self.epoch(), bytes, limit, answer);
+                match result {
+                    Ok(()) => Some(Some((ticket, position))),
+                    Err(error) => {
+                        self.refuse(queue, slot, vring, &ticket, &error);
+                        self.announce_locked(slot, vring);
+                        Some(None)
+                    }
+                }
+            })??;
             if taken.is_some() {
                 return taken;
             }
@@ -237,7 +244,13 @@ impl Queues {
     /// How many chains wait to be taken.
     fn waiting(&self, vring: &VringState<Memory>) -> u16 {
         let queue = vring.get_queue();
-        let available = queue.avail_idx(&*self.memory.memory(), Ordering::Acquire);
+        let memory = self.memory.memory();
+        // A ring that ends outside of memory is none: the entry that comes next could not be read, now or later.
+        let length = 4_usize.saturating_add(usize::from(queue.size()).saturating_mul(2));
+        if !memory.check_range(GuestAddress(queue.avail_ring()), length) {
+            return 0;
+        }
+        let available = queue.avail_idx(&*memory, Ordering::Acquire);
         let waiting = available.map_or(0, |index| index.0.wrapping_sub(queue.next_avail()));
         // A nonsensical index stands for no chain, or we would be kept busy with nothing.
         if waiting > queue.size() { 0 } else { waiting }
@@ -261,14 +274,14 @@ impl Queues {
         self.with(QUEUE_EVENT, |slot, vring| {
             let mut bad = 0_usize;
             while !self.log.is_empty() {
+                // The driver has to say when there are buffers; it may just have made some.
+                if self.waiting(vring) == 0 && !self.listen_locked(vring) {
+                    break;
+                }
                 let memory = self.memory.memory();
+                // Memory can have gone this very moment. Nothing is waited for here, under the vring's lock.
                 let Some(chain) = vring.get_queue_mut().pop_descriptor_chain(memory.clone()) else {
-                    // The driver has to say when there are buffers; it may just have made some.
-                    if self.listen_locked(vring) {
-                        continue;
-                    } else {
-                        break;
-                    }
+                    break;
                 };
                 bytes.clear();
                 let size = size_of::<abi::EventRecord>();

@@ -10,6 +10,7 @@
 //!
 //! [`Sabotage`]: pinion_device::gpu::sabotage::Sabotage
 
+mod attend;
 mod check;
 mod events;
 mod faults;

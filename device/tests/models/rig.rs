@@ -393,6 +393,20 @@ impl Rig {
 
     /// Submits work, and rings if the device wants to hear of it.
     pub(crate) fn submit(&self, ring: u16, sequence: u64, commands: &[abi::Command]) {
+        if self.enqueue(ring, sequence, commands) {
+            self.gpu().doorbell(ring);
+        }
+    }
+
+    /// Submits work, and attends to it if the device wants to hear of it.
+    pub(crate) fn submit_attended(&self, ring: u16, sequence: u64, commands: &[abi::Command]) {
+        if self.enqueue(ring, sequence, commands) {
+            self.gpu().attend(ring);
+        }
+    }
+
+    /// Says whether the device wants to hear of it.
+    fn enqueue(&self, ring: u16, sequence: u64, commands: &[abi::Command]) -> bool {
         let header = abi::SubmitHeader {
             context: CONTEXT,
             count: commands.len() as u32,
@@ -401,15 +415,10 @@ impl Rig {
             reserved: 0,
         };
         let bytes = [header.as_bytes(), commands.as_bytes()].concat();
-        let quiet = {
-            let mut outcome = self.host.outcome.lock();
-            let ring = &mut outcome.rings[usize::from(ring)];
-            ring.waiting.push_back((sequence, bytes));
-            ring.quiet
-        };
-        if !quiet {
-            self.gpu().doorbell(ring);
-        }
+        let mut outcome = self.host.outcome.lock();
+        let ring = &mut outcome.rings[usize::from(ring)];
+        ring.waiting.push_back((sequence, bytes));
+        !ring.quiet
     }
 
     /// Sleeps until a submission has completed.

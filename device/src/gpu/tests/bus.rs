@@ -140,3 +140,31 @@ fn what_is_on_the_bus_keeps_nobody_waiting() {
         }
     }
 }
+
+#[test]
+fn an_invalidation_waits_for_no_number_on_the_bus() {
+    let mut rig = rig_with_bus(Duration::from_secs(1), None);
+    rig.submit(0, 0, &[increments(SYSTEM, 100)]);
+    let start = Instant::now();
+    until("the first operation", || {
+        rig.gpu.state().rings[0].activity == Activity::Running
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    rig.invalidate(0, SYSTEM, PAGE_SIZE, 0);
+    assert_eq!(rig.simple(abi::REQUEST_CONTEXT_DESTROY, 0), OK);
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(1), "they took {took:?}");
+}
+
+#[test]
+fn a_reset_frees_the_bus() {
+    let mut rig = rig_with_bus(Duration::ZERO, Some(LENGTH / 64));
+    rig.submit(0, 0, &[copy(DEVICE, SYSTEM, LENGTH)]);
+    rig.until_activity(0, Activity::Crossing);
+    assert_eq!(rig.simple(abi::REQUEST_DEVICE_RESET, 0), OK);
+    rig.completion();
+    rig.create(0);
+    rig.map(0, SYSTEM, &[ALL]);
+    let took = takes(&mut rig, &[fill(SYSTEM, 8, 8, 1)]);
+    assert!(took < Duration::from_secs(8), "it took {took:?}");
+}
