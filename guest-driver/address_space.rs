@@ -2,30 +2,39 @@
 
 //! The address space of an open file: what the GPU maps of a process's memory.
 //!
-//! An address space is bound to the mm of the opener. It is divided into ranges of 2 MiB, which come into
+//! An address space is bound to the mm of the opener. It is divided into windows of 2 MiB, which come into
 //! being when the GPU first touches them; each has a notifier, so that changes elsewhere cost nothing.
 //!
-//! A GPU fault ends with a mapping (`resolve`) or, if the process could not have made the access either, with
-//! the work being cancelled. What is mapped depends on the access:
+//! Faults of the GPU are taken as they have come, several at a time, and sorted: what is needed of one window is mapped with one
+//! request, which lets all go on that it is good for. A fault ends with a mapping (`resolve`) or, if the
+//! process could not have made the access either, with the work being cancelled. What is mapped depends on the
+//! access, and on what the program has said about that memory ([`crate::advice`]):
 //!
-//! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed.
-//! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. The
-//!   `UNPROTECTED` mode does not do so and loses updates; it exists to show that.
+//! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed. Or it is moved to
+//!   VRAM, with all there is in its window, if that is where it had better be.
+//! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
+//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
 use crate::{
     abi,
-    fence::{Fence, Waited},
-    gpu::Gpu,
+    advice::{Advice, Atomics, Location, Policy},
+    copy::{Location as Place, Transfers},
+    fence::Progress,
+    gpu::{Gpu, MAX_REPLAYS},
     hmm::{
-        migrate,
-        notifier::{Event, IntervalNotifier, Mirror, Owner, Sequence},
+        blocks::{BLOCK_ORDER, BLOCK_PAGES},
+        exclusive::ExclusivePage,
+        memory::{self, Data, NewDevicePage},
+        migrate::{self, Outcome, Purpose, Source, Unmapped, What},
+        notifier::{IntervalNotifier, Owner, Sequence},
         page::Pfn,
-        range::{read_page, Found, Wanted},
+        range::{read_page, read_range, Found, Wanted},
     },
-    residency::{Mapped, Residency},
+    residency::{Mapped, Residency, Trouble},
+    submission::Submissions,
     sync::ModuleQueue,
-    uapi,
-    virtio::Answered,
+    trace, uapi,
+    window::{Window, PAGE_SIZE, WINDOW_SIZE},
 };
 use core::ops::Range;
 use kernel::{
@@ -39,29 +48,17 @@ use kernel::{
         atomic::{Acquire, Atomic, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
-    time::{delay::fsleep, Delta, Msecs},
+    time::{delay::fsleep, Delta},
     workqueue::{Work, WorkItem},
 };
 
-/// Bytes of a page.
-const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
-/// Bytes of a range.
-const RANGE_SIZE: usize = 2 << 20;
-/// Pages of a range.
-const RANGE_PAGES: usize = RANGE_SIZE / PAGE_SIZE;
-/// Most ranges of an address space (128 GiB of memory in use by the GPU): a bound on kernel memory.
-const MAX_RANGES: usize = 65536;
-/// Most pieces of advice of an address space.
-const MAX_ADVICE: usize = 1024;
+/// Most windows of an address space (128 GiB of memory in use by the GPU): a bound on kernel memory.
+const MAX_WINDOWS: usize = 65536;
 /// Most faults that can be waiting to be handled: a ring has at most one.
 const MAX_FAULTS: usize = 2 * abi::MAX_RINGS as usize;
-/// Bytes of virtual address space that the GPU can reach.
-const VA_END: usize = abi::VA_END as usize;
 /// How often a fault is tried to be resolved while others are in the way. Attempts get rarer, up to one in a
 /// millisecond, so that this is about a second.
 const ATTEMPTS: u32 = 1000;
-/// Commands are waited for in slices of this; in between the device is asked whether it lives.
-const SLICE: Msecs = 1000;
 
 /// Counters of an address space, since it was opened.
 pub(crate) struct Statistics {
@@ -75,8 +72,14 @@ pub(crate) struct Statistics {
     pub(crate) mirrors: Atomic<i64>,
     /// INVALIDATEs on behalf of the CPU's side.
     pub(crate) invalidations: Atomic<i64>,
-    /// Submissions.
-    pub(crate) submissions: Atomic<i64>,
+    /// Pages that were made exclusive to the GPU.
+    pub(crate) exclusives: Atomic<i64>,
+    /// Pages that were moved to VRAM.
+    pub(crate) to_vram: Atomic<i64>,
+    /// Pages that came home from VRAM.
+    pub(crate) from_vram: Atomic<i64>,
+    /// Those of them that had to make room for others.
+    pub(crate) evictions: Atomic<i64>,
 }
 
 impl Statistics {
@@ -88,100 +91,27 @@ impl Statistics {
             unpins: Atomic::new(0),
             mirrors: Atomic::new(0),
             invalidations: Atomic::new(0),
-            submissions: Atomic::new(0),
+            exclusives: Atomic::new(0),
+            to_vram: Atomic::new(0),
+            from_vram: Atomic::new(0),
+            evictions: Atomic::new(0),
         }
     }
 }
 
-/// What the GPU maps of 2 MiB.
-pub(crate) struct Window {
-    gpu: Arc<Gpu>,
-    context: u32,
-    base: usize,
-    /// Bits 1 to 3 of the page table entry (`abi::PTE_READ` and so on), or 0.
-    rights: [u8; RANGE_PAGES],
-    /// How many of them are not 0.
-    mapped: usize,
-    /// Migrations by these leave this mirror as it is: they see to it themselves.
-    ours: [Owner; 2],
-    statistics: Arc<Statistics>,
-}
+/// Faults that are handled together.
+type Batch = KVec<abi::EventRecord>;
 
-impl Mirror for Window {
-    fn ignores(&self, event: &Event<'_>) -> bool {
-        self.ours.iter().any(|owner| event.is_migration_by(*owner))
-    }
-
-    fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool {
-        let Some(pages) = self.mapped_in(range) else {
-            return true;
-        };
-        if !may_wait {
-            return false;
-        }
-        self.statistics.invalidations.add(1, Relaxed);
-        self.clear(pages);
-        true
-    }
-}
-
-impl Window {
-    fn page(&self, va: usize) -> usize {
-        (va - self.base) / PAGE_SIZE
-    }
-
-    /// The smallest run of pages that has in it everything that is mapped of `range`.
-    fn mapped_in(&self, range: Range<usize>) -> Option<Range<usize>> {
-        if self.mapped == 0 {
-            return None;
-        }
-        let start = range.start.clamp(self.base, self.base + RANGE_SIZE);
-        let end = range.end.clamp(self.base, self.base + RANGE_SIZE);
-        let pages = self.page(start)..self.page(end.next_multiple_of(PAGE_SIZE));
-        let rights = self.rights.get(pages.clone())?;
-        let first = rights.iter().position(|rights| *rights != 0)?;
-        let last = rights.iter().rposition(|rights| *rights != 0)?;
-        Some(pages.start + first..pages.start + last + 1)
-    }
-
-    /// Has the GPU forget `pages`.
-    fn clear(&mut self, pages: Range<usize>) {
-        let va = |page| (self.base + page * PAGE_SIZE) as u64;
-        self.gpu.invalidate(self.context, va(pages.start)..va(pages.end));
-        for rights in &mut self.rights[pages] {
-            self.mapped -= usize::from(*rights != 0);
-            *rights = 0;
-        }
-    }
-
-    /// Maps `pfn` at `va`, and lets the stalled access go on.
-    fn map(&mut self, va: usize, pfn: Pfn, rights: u64, fault: u64) -> Result {
-        let entry = pfn.address() | rights | abi::PTE_VALID;
-        let page = self.page(va);
-        // Noted first: whatever becomes of the request, an invalidation must not be left out.
-        let old = core::mem::replace(&mut self.rights[page], rights as u8);
-        self.mapped += usize::from(old == 0);
-        self.gpu.map_and_replay(self.context, va as u64, entry, fault)
-    }
-
-    /// What the GPU may do at `va`.
-    pub(crate) fn rights(&self, va: usize) -> u8 {
-        self.rights[self.page(va)]
-    }
-}
-
-/// How the GPU gets exclusive access to a range.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Atomics {
-    /// By pinning in place.
-    Pin,
-    /// Not at all.
-    Unprotected,
-}
-
-struct Advice {
-    range: Range<usize>,
-    atomics: Atomics,
+/// A page as [`AddressSpace::query`] found it.
+pub(crate) struct Resident {
+    /// `uapi::PAGE_*`.
+    pub(crate) state: u32,
+    /// What the GPU may do: bits of a page table entry.
+    pub(crate) rights: u8,
+    /// Bytes of the page of the GPU that it is part of; 0 if it maps nothing.
+    pub(crate) size: usize,
+    /// The frame of a page that is pinned.
+    pub(crate) pfn: Option<Pfn>,
 }
 
 /// The address space of an open file.
@@ -192,9 +122,8 @@ pub(crate) struct AddressSpace {
     mm: ARef<Mm>,
     #[pin]
     windows: Mutex<Windows>,
-    /// Sorted, not overlapping; what is not in it is the default.
     #[pin]
-    advice: Mutex<KVec<Advice>>,
+    advice: Advice,
     /// Faults that wait to be handled.
     #[pin]
     faults: SpinLock<KVec<abi::EventRecord>>,
@@ -202,18 +131,16 @@ pub(crate) struct AddressSpace {
     work: Work<Self>,
     /// No faults are to be handled any more.
     closing: Atomic<bool>,
-    /// Held while a fault is handled.
+    /// Held while faults are handled: these.
     #[pin]
-    handling: Mutex<()>,
+    handling: Mutex<Batch>,
+    /// Nothing is left to be done for closing.
+    closed: Atomic<bool>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
     doomed: Atomic<i32>,
-    /// Number of the last submission, by ring.
-    #[pin]
-    submitting: Mutex<KVec<u64>>,
-    fences: KVec<Arc<Fence>>,
+    /// Its work.
+    submissions: Arc<Submissions>,
     statistics: Arc<Statistics>,
-    /// What a cancelled fault is reported as, by ring: `uapi::STATUS_*`.
-    cancelled: KVec<Atomic<i32>>,
 }
 
 struct Windows {
@@ -229,21 +156,21 @@ impl WorkItem for AddressSpace {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        while let Some(fault) = this.next_fault() {
-            let _handling = this.handling.lock();
-            if this.is_closing() {
-                return;
-            }
-            this.handle(&fault);
-        }
+        while this.handle_faults() {}
+        this.finish_closing();
     }
 }
 
 impl AddressSpace {
     /// Opens an address space on `gpu` for the process with `mm`.
-    pub(crate) fn open(gpu: &Arc<Gpu>, mm: &Mm, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
+    pub(crate) fn open(
+        gpu: &Arc<Gpu>,
+        mm: &Mm,
+        statistics: Arc<Statistics>,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<Self>> {
         let context = gpu.create_context()?;
-        let this = Self::new(gpu, mm, context, statistics);
+        let this = Self::new(gpu, mm, context, statistics, progress);
         match &this {
             Ok(space) => gpu.publish(context, space.clone()),
             Err(_) => {
@@ -254,32 +181,31 @@ impl AddressSpace {
         this
     }
 
-    fn new(gpu: &Arc<Gpu>, mm: &Mm, context: u32, statistics: Arc<Statistics>) -> Result<Arc<Self>> {
-        let rings = gpu.limits().rings as usize;
-        let mut fences = KVec::with_capacity(rings, GFP_KERNEL)?;
-        let mut cancelled = KVec::with_capacity(rings, GFP_KERNEL)?;
-        for _ in 0..rings {
-            fences.push(Fence::new()?, GFP_KERNEL)?;
-            cancelled.push(Atomic::new(uapi::STATUS_FAULT as i32), GFP_KERNEL)?;
-        }
+    fn new(
+        gpu: &Arc<Gpu>,
+        mm: &Mm,
+        context: u32,
+        statistics: Arc<Statistics>,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<Self>> {
+        let submissions = Submissions::new(gpu, context, progress)?;
         let faults = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
-        let submitted = KVec::from_elem(0, rings, GFP_KERNEL)?;
+        let batch = KVec::with_capacity(MAX_FAULTS, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 gpu: gpu.clone(),
                 context,
                 mm: mm.into(),
                 windows <- new_mutex!(Windows { tree: RBTree::new(), count: 0 }, "AddressSpace::windows"),
-                advice <- new_mutex!(KVec::new(), "AddressSpace::advice"),
+                advice <- Advice::new(),
                 faults <- new_spinlock!(faults, "AddressSpace::faults"),
                 work <- new_work!("AddressSpace::work"),
                 closing: Atomic::new(false),
-                handling <- new_mutex!((), "AddressSpace::handling"),
+                handling <- new_mutex!(batch, "AddressSpace::handling"),
+                closed: Atomic::new(false),
                 doomed: Atomic::new(0),
-                submitting <- new_mutex!(submitted, "AddressSpace::submitting"),
-                fences,
+                submissions,
                 statistics,
-                cancelled,
             }),
             GFP_KERNEL,
         )
@@ -291,8 +217,26 @@ impl AddressSpace {
         // Ends the work, and with it whatever a ring is stalled on, even if a fault of ours takes its time. The
         // context stays known until the end, so that a CPU fault meanwhile revokes its mapping.
         self.gpu.destroy_context(self.context);
-        drop(self.handling.lock());
+        self.submissions.close();
+        self.finish_closing();
+    }
+
+    /// Does what is left to be done for closing, once no fault is being handled. Whoever handles one when the file is
+    /// closed does this afterwards: that can be held up for as long as somebody (userfaultfd) likes who waits in turn for the
+    /// one who closes.
+    fn finish_closing(&self) {
+        if !self.is_closing() {
+            return;
+        }
+        let Some(handling) = self.handling.try_lock() else {
+            return;
+        };
+        if self.closed.load(Relaxed) {
+            return;
+        }
+        self.closed.store(true, Relaxed);
         Residency::release(&self.gpu, self);
+        drop(handling);
         let windows = core::mem::replace(&mut self.windows.lock().tree, RBTree::new());
         drop(windows);
         self.gpu.forget_context(self.context);
@@ -300,6 +244,11 @@ impl AddressSpace {
 
     fn is_closing(&self) -> bool {
         self.closing.load(Acquire)
+    }
+
+    /// Its work: how it is submitted, and waited for.
+    pub(crate) fn submissions(&self) -> &Arc<Submissions> {
+        &self.submissions
     }
 
     /// The counters.
@@ -322,14 +271,9 @@ impl AddressSpace {
         let _ = ModuleQueue::Faults.get().map(|queue| queue.enqueue(self));
     }
 
-    /// The fault to be handled next. (Not written in place: the lock must not be held while it is handled.)
-    fn next_fault(&self) -> Option<abi::EventRecord> {
-        self.faults.lock().pop()
-    }
-
     /// The window over `va`, made if need be. The process must have mapped something there.
     fn window(&self, mm: &MmWithUser, va: usize) -> Result<Arc<IntervalNotifier<Window>>> {
-        let base = va & !(RANGE_SIZE - 1);
+        let base = va & !(WINDOW_SIZE - 1);
         if let Some(window) = self.find(base) {
             return Ok(window);
         }
@@ -337,16 +281,9 @@ impl AddressSpace {
             .vma_lookup(va)
             .filter(|vma| vma.start() <= va)
             .ok_or(EFAULT)?;
-        let window = Window {
-            gpu: self.gpu.clone(),
-            context: self.context,
-            base,
-            rights: [0; RANGE_PAGES],
-            mapped: 0,
-            ours: [self.actor(), self.gpu.memory().owner()],
-            statistics: self.statistics.clone(),
-        };
-        let window = IntervalNotifier::new(mm, base..base + RANGE_SIZE, window)?;
+        let ours = [self.actor(), self.gpu.memory().owner()];
+        let window = Window::new(&self.gpu, self.context, base, ours, &self.statistics);
+        let window = IntervalNotifier::new(mm, base..base + WINDOW_SIZE, window)?;
         let node = RBTreeNode::new(base, window.clone(), GFP_KERNEL)?;
         let mut windows = self.windows.lock();
         // Somebody else may have been faster; then this one is dropped, outside the lock.
@@ -355,7 +292,7 @@ impl AddressSpace {
             drop(node);
             return Ok(other);
         }
-        if windows.count == MAX_RANGES {
+        if windows.count == MAX_WINDOWS {
             drop(windows);
             drop(node);
             return Err(ENOMEM);
@@ -374,24 +311,25 @@ impl AddressSpace {
         Owner::of(Arc::as_ptr(&self.statistics))
     }
 
-    /// Takes the page at `va` away from the GPU.
-    pub(crate) fn revoke(&self, va: usize) {
-        if let Some(window) = self.find(va & !(RANGE_SIZE - 1)) {
-            let mut window = window.revoke();
-            if window.rights(va) != 0 {
-                let page = window.page(va);
-                window.clear(page..page + 1);
-            }
+    /// Takes what is in `range` away from the GPU.
+    pub(crate) fn revoke(&self, range: Range<usize>) {
+        let mut base = range.start & !(WINDOW_SIZE - 1);
+        while let Some((next, window)) = self.find_from(base, range.end) {
+            window.revoke().take_back(range.clone());
+            base = next + WINDOW_SIZE;
         }
     }
 
-    /// Brings the page at `va` home by an access of the process, if it is pinned and the process is still there.
-    pub(crate) fn recall(&self, va: usize) {
-        let (Some(mm), Some(window)) = (self.mm.mmget_not_zero(), self.find(va & !(RANGE_SIZE - 1))) else {
-            return;
-        };
-        // What becomes of it shows in the table of pinned pages.
-        let _ = read_page(&window.begin(), &mm, va, Wanted::Read, None);
+    /// Brings home what is in `range`, and what is pinned there too if that is wanted, if the process is still there. With
+    /// `wait`, waits for its mmap_lock. Returns how many pages have come home.
+    pub(crate) fn home(&self, range: Range<usize>, pinned: bool, wait: bool) -> Result<usize, Trouble> {
+        let mm = self.mm.mmget_not_zero().ok_or(Trouble::Busy)?;
+        Residency::home(self.gpu.memory(), &mm, range, pinned, wait)
+    }
+
+    /// The GPU that it is on.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
     }
 
     /// Its context on the device.
@@ -399,12 +337,52 @@ impl AddressSpace {
         self.context
     }
 
-    /// Handles a fault of the GPU.
-    fn handle(&self, fault: &abi::EventRecord) {
-        self.statistics.faults.add(1, Relaxed);
-        let Err(error) = self.persist(fault) else {
+    /// Handles the faults that have come. Says whether there were any.
+    fn handle_faults(&self) -> bool {
+        let mut batch = self.handling.lock();
+        {
+            let mut faults = self.faults.lock();
+            while let Some(fault) = faults.pop() {
+                if batch.push_within_capacity(fault).is_err() {
+                    break;
+                }
+            }
+        }
+        if batch.is_empty() {
+            return false;
+        }
+        self.statistics.faults.add(batch.len() as i64, Relaxed);
+        for fault in batch.iter() {
+            trace::fault(
+                self.gpu.number(),
+                self.context,
+                fault.ring.into(),
+                fault.va,
+                fault.length,
+                fault.access.into(),
+                fault.reason.into(),
+            );
+        }
+        sort(&mut batch);
+        while !batch.is_empty() {
+            if self.is_closing() {
+                batch.clear();
+                return false;
+            }
+            self.handle(&mut batch);
+        }
+        true
+    }
+
+    /// Handles the first fault of the batch, and takes it out, with others that go with it.
+    fn handle(&self, batch: &mut Batch) {
+        let Some(fault) = batch.first().copied() else {
             return;
         };
+        let Err(error) = self.persist(batch, fault.fault) else {
+            return;
+        };
+        batch.retain(|other| other.fault != fault.fault);
         // Cancelling puts the context into error. If that fault is gone (a REPLAY has gone before), the access
         // has stalled on another one, which must not be resolved only to fail in the same way.
         self.doomed.store(error.to_errno(), Relaxed);
@@ -413,15 +391,13 @@ impl AddressSpace {
             _ if error == ENOMEM => uapi::STATUS_NO_MEMORY,
             _ => uapi::STATUS_FAULT,
         };
-        if let Some(cancelled) = self.cancelled.get(usize::from(fault.ring)) {
-            cancelled.store(status as i32, Relaxed);
-        }
+        self.submissions.set_cancelled(status);
         // Fails if the device is lost, which ends the work as well.
         let _ = self.gpu.cancel(self.context, fault.fault);
     }
 
-    /// Tries to resolve a fault until nobody gets in the way.
-    fn persist(&self, fault: &abi::EventRecord) -> Result {
+    /// Tries to resolve the first fault of the batch until nobody gets in the way.
+    fn persist(&self, batch: &mut Batch, fault: u64) -> Result {
         let doomed = self.doomed.load(Relaxed);
         if doomed != 0 {
             return Err(Error::from_errno(doomed));
@@ -431,8 +407,10 @@ impl AddressSpace {
             if self.is_closing() {
                 return Err(ESRCH);
             }
-            outcome = self.resolve(fault);
+            outcome = self.resolve(batch);
             match outcome {
+                // Resolved with what was mapped for it, though not all of that came to pass.
+                _ if !batch.iter().any(|other| other.fault == fault) => return Ok(()),
                 Err(error) if error == EAGAIN || error == EBUSY => {
                     let pause = 1i64 << attempt.min(10);
                     fsleep(Delta::from_micros(pause));
@@ -443,78 +421,226 @@ impl AddressSpace {
         outcome
     }
 
-    /// Tries once to give the GPU the access that it has faulted on, and lets it go on.
+    /// What the GPU needs for the first fault of the batch, and for others that continue it: a part of one window.
+    fn extent(batch: &Batch) -> Range<usize> {
+        let Some(first) = batch.first() else { return 0..0 };
+        let start = first.va as usize & !(PAGE_SIZE - 1);
+        let limit = (start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE;
+        let end_of = |fault: &abi::EventRecord| {
+            let end = fault.va.saturating_add(fault.length.max(1)).min(limit as u64) as usize;
+            end.next_multiple_of(PAGE_SIZE)
+        };
+        let mut end = end_of(first);
+        for fault in &batch[1..] {
+            if fault.access != first.access || fault.va as usize > end || end == limit {
+                break;
+            }
+            end = end.max(end_of(fault));
+        }
+        start..end
+    }
+
+    /// Tries once to give the GPU the accesses that it has faulted on, and lets it go on. Faults that have been replayed are
+    /// taken out of the batch; the first one is among them if this succeeds.
     ///
     /// # Errors
     ///
     /// EAGAIN, EBUSY: something has come in between. EOPNOTSUPP: the page cannot be pinned. ENOSPC: too many
     /// are. Others: the process could not make that access either.
-    fn resolve(&self, fault: &abi::EventRecord) -> Result {
+    fn resolve(&self, batch: &mut Batch) -> Result {
         if self.gpu.is_lost() {
             return Err(ENODEV);
         }
-        let va = usize::try_from(fault.va)? & !(PAGE_SIZE - 1);
-        if va >= VA_END {
+        let fault = *batch.first().ok_or(EINVAL)?;
+        if fault.va >= abi::VA_END {
             return Err(EFAULT);
         }
-        let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
-        let wanted = match fault.access & (abi::ACCESS_WRITE | abi::ACCESS_ATOMIC) {
-            0 => Wanted::Read,
-            _ => Wanted::Write,
-        };
+        let wanted = Self::extent(batch);
+        let va = wanted.start;
+        let (policy, alike) = self.advice.get(va);
+        let wanted = va..wanted.end.min(alike.end);
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
         let window = self.window(&mm, va)?;
-        let sequence = window.begin();
-        let memory = self.gpu.memory();
-        match read_page(&sequence, &mm, va, wanted, Some(memory.owner()))? {
-            Found::Nothing => Err(EFAULT),
-            Found::System(pfn) if atomic && self.atomics(va) == Atomics::Pin => {
-                self.pin(&mm, sequence, va, pfn, fault.fault)
+        let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
+        let vram = match policy.atomics {
+            Atomics::Migrate if atomic => true,
+            Atomics::Auto => policy.location == Location::Vram,
+            _ => !atomic && policy.location == Location::Vram,
+        };
+        let must = atomic && policy.atomics == Atomics::Migrate;
+        if vram && self.has_vram() && self.is_at_home(&mm, &window, va)? {
+            let base = va & !(WINDOW_SIZE - 1);
+            let around = base.max(alike.start)..(base + WINDOW_SIZE).min(alike.end);
+            let mut result = self.to_vram(&mm, &window, around.clone(), wanted.clone(), batch);
+            if result == Err(EBUSY) && !must && batch.iter().any(|other| other.fault == fault.fault) {
+                // Whether it worked shows in what comes next.
+                let _ = self.bring_near(&mm, &window, wanted.clone());
+                result = self.to_vram(&mm, &window, around, wanted.clone(), batch);
             }
-            Found::System(pfn) => {
-                let mut rights = abi::PTE_READ;
-                if wanted == Wanted::Write {
-                    rights |= abi::PTE_WRITE;
-                }
-                if atomic {
-                    // Only here does the GPU get ATOMIC without having the page to itself.
-                    rights |= abi::PTE_ATOMIC;
-                }
-                let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
-                if rights & abi::PTE_WRITE != 0 {
-                    pfn.mark_dirty();
-                }
-                self.statistics.mirrors.add(1, Relaxed);
-                guard.map(va, pfn, rights, fault.fault)
-            }
-            Found::Device { page, writable } => {
-                let (pfn, mapped) = memory.get(page).ok_or(EAGAIN)?;
-                // Have it home first if another address space has it, for only one can; and if it may not be
-                // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
-                // (`hmm_range_fault` returns device-private pages of ours even so.)
-                if mapped.context != self.context || (wanted == Wanted::Write && !writable) {
-                    read_page(&sequence, &mm, va, wanted, None)?;
+            match result {
+                Ok(()) | Err(EAGAIN) => return result,
+                // What cannot get there stays where it is.
+                Err(_) if !batch.iter().any(|other| other.fault == fault.fault) => return Ok(()),
+                Err(_) if !must => {}
+                Err(EINVAL) => return Err(EOPNOTSUPP),
+                Err(EBUSY) => {
+                    // It may be swapped out, or on its way.
+                    read_page(&mut window.begin(), &mm, va, Wanted::Write, None)?;
                     return Err(EAGAIN);
                 }
-                let mut rights = abi::PTE_READ;
-                if writable {
-                    rights |= abi::PTE_WRITE | abi::PTE_ATOMIC;
-                }
-                let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
-                // Another migration home, of which this window knows nothing, may have come first.
-                let mine = Mapped {
-                    context: self.context,
-                    va,
-                };
-                if !memory.update(page, pfn, |mapped| mapped.context == self.context, mine) {
-                    return Err(EAGAIN);
-                }
-                guard.map(va, pfn, rights, fault.fault)
+                Err(error) => return Err(error),
             }
         }
+        self.map_where_it_is(&mm, &window, wanted, policy, batch)
     }
 
-    /// Pins the page at `va` in place, and gives it to the GPU.
+    /// Brings the pages of `range`, which is a part of one window, to where they can be moved from: they may be swapped out, or in
+    /// the VRAM of another GPU.
+    fn bring_near(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
+        let owner = Some(self.gpu.memory().owner());
+        read_range(&mut window.begin(), mm, range, Wanted::Read, owner).map(drop)
+    }
+
+    /// Whether pages can be moved to VRAM.
+    pub(crate) fn has_vram(&self) -> bool {
+        self.gpu.memory().usage().total > 0
+    }
+
+    /// Whether the page at `va` is the system's, or nowhere.
+    fn is_at_home(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, va: usize) -> Result<bool> {
+        let owner = self.gpu.memory().owner();
+        let found = read_page(&mut window.begin(), mm, va, Wanted::Nothing, Some(owner))?;
+        Ok(!matches!(found, Found::Device { .. }))
+    }
+
+    /// Maps what is in `range`, which is a part of one window, without moving it. An error means that the first page could not
+    /// be mapped; what is behind it need not be.
+    fn map_where_it_is(
+        &self,
+        mm: &MmWithUser,
+        window: &IntervalNotifier<Window>,
+        range: Range<usize>,
+        policy: Policy,
+        batch: &mut Batch,
+    ) -> Result {
+        let memory = self.gpu.memory();
+        let fault = *batch.first().ok_or(EINVAL)?;
+        let va = range.start;
+        let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
+        let write = fault.access & (abi::ACCESS_WRITE | abi::ACCESS_ATOMIC) != 0;
+        let wanted = if write { Wanted::Write } else { Wanted::Read };
+        let owner = Some(memory.owner());
+        let mut sequence = window.begin();
+        let mut range = range;
+        let mut pages = match read_range(&mut sequence, mm, range.clone(), wanted, owner) {
+            // Perhaps not the first.
+            Err(error) if error != EAGAIN && range.len() > PAGE_SIZE => {
+                range.end = va + PAGE_SIZE;
+                sequence = window.begin();
+                read_range(&mut sequence, mm, range.clone(), wanted, owner)?
+            }
+            other => other?,
+        };
+        let exclusive = match policy.atomics {
+            Atomics::Unprotected => false,
+            _ => atomic,
+        };
+        match pages.get(0) {
+            Found::Nothing => return Err(EFAULT),
+            Found::System { pfn, .. } if exclusive => {
+                if !migrate::is_anonymous(pfn) {
+                    return Err(EOPNOTSUPP);
+                }
+                if policy.atomics == Atomics::Exclusive {
+                    return self.make_exclusive(mm, sequence, va, batch);
+                }
+                return self.pin(mm, sequence, range, batch);
+            }
+            // Have it home first if another address space has it, for only one can; and if it may not be
+            // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
+            // (`hmm_range_fault` returns device-private pages of ours even so.)
+            Found::Device { page, writable, .. } => {
+                let (_, mapped) = memory.get(page).ok_or(EAGAIN)?;
+                if mapped.context != self.context || (write && !writable) {
+                    if read_range(&mut sequence, mm, range, wanted, None).is_err() {
+                        read_page(&mut sequence, mm, va, wanted, None)?;
+                    }
+                    return Err(EAGAIN);
+                }
+            }
+            Found::System { .. } => {}
+        }
+        if pages.is_huge(0) && range.len() < WINDOW_SIZE {
+            // What is mapped as one on that side can be on this one, and costs no more.
+            range.start &= !(WINDOW_SIZE - 1);
+            range.end = range.start + WINDOW_SIZE;
+            pages = read_range(&mut sequence, mm, range.clone(), Wanted::Nothing, owner)?;
+        }
+        let mut entries = KVec::from_elem(0, pages.len(), GFP_KERNEL)?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        for (index, entry) in entries.iter_mut().enumerate() {
+            let va = range.start + index * PAGE_SIZE;
+            *entry = match pages.get(index) {
+                Found::System { pfn, writable, .. } if !exclusive && (writable || !write) => {
+                    let mut rights = u64::from(guard.rights(va)) | abi::PTE_READ;
+                    if write {
+                        rights |= abi::PTE_WRITE;
+                        pfn.mark_dirty();
+                    }
+                    if atomic {
+                        // Only here does the GPU get ATOMIC without having the page to itself.
+                        rights |= abi::PTE_ATOMIC;
+                    }
+                    pfn.address() | rights | abi::PTE_VALID
+                }
+                Found::Device { page, writable, .. } if writable || !write => {
+                    let mine = Mapped {
+                        context: self.context,
+                        va,
+                    };
+                    let Some((place, _)) = memory.get(page) else {
+                        continue;
+                    };
+                    // Another migration home, of which this window knows nothing, may have come first.
+                    let current = |mapped: &Mapped| mapped.context == self.context;
+                    if !memory.update(page, place, current, mine) {
+                        continue;
+                    }
+                    place_entry(place) | rights_of(writable) | abi::PTE_VALID
+                }
+                _ => continue,
+            };
+        }
+        if entries[(va - range.start) / PAGE_SIZE] == 0 {
+            return Err(EAGAIN);
+        }
+        let mirrored =
+            |(index, entry): (usize, &u64)| *entry != 0 && matches!(pages.get(index), Found::System { .. });
+        let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
+        self.statistics.mirrors.add(count as i64, Relaxed);
+        map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
+    fn make_exclusive(
+        &self,
+        mm: &MmWithUser,
+        sequence: Sequence<'_, Window>,
+        va: usize,
+        batch: &mut Batch,
+    ) -> Result {
+        let mmap = mm.mmap_read_lock();
+        let page = ExclusivePage::new(&mmap, mm, va, self.actor())?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        page.pfn().mark_dirty();
+        self.statistics.exclusives.add(1, Relaxed);
+        let entry = page.pfn().address() | rights_of(true) | abi::PTE_VALID;
+        let result = map_and_replay(&mut guard, va, &[entry], batch);
+        guard.set_exclusive(va);
+        result
+    }
+
+    /// Pins the pages in `range` in place, as far as that can be done, and gives them to the GPU.
     ///
     /// The replay is waited for before the migration is finished: until then a CPU access waits, so that the
     /// GPU gets at least the access done for which it has asked.
@@ -522,83 +648,175 @@ impl AddressSpace {
         &self,
         mm: &MmWithUser,
         sequence: Sequence<'_, Window>,
-        va: usize,
-        expected: Pfn,
-        fault: u64,
+        range: Range<usize>,
+        batch: &mut Batch,
     ) -> Result {
-        if !migrate::is_anonymous(expected) {
-            return Err(EOPNOTSUPP);
-        }
         let memory = self.gpu.memory();
-        let stand_in = memory.allocate()?;
+        let mut entries = KVec::from_elem(0, range.len() / PAGE_SIZE, GFP_KERNEL)?;
         let mmap = mm.mmap_read_lock();
-        let unmapped = migrate::setup_pin(&mmap, va, self.actor())?;
-        if unmapped.source().is_none_or(|source| source.pfn != expected) {
-            return Err(EAGAIN);
+        let mut unmapped = migrate::setup_range(&mmap, range.clone(), self.actor(), Purpose::Pin)?;
+        if unmapped.get(0).is_none() {
+            return Err(EBUSY);
         }
-        let mine = Mapped {
-            context: self.context,
-            va,
-        };
-        let moved = unmapped.pin(stand_in, |page, pinned| memory.set(page, pinned, mine))?;
-        self.statistics.pins.add(1, Relaxed);
-        let result = match sequence.commit() {
-            Ok(mut guard) => {
-                let rights = abi::PTE_READ | abi::PTE_WRITE | abi::PTE_ATOMIC;
-                guard.map(va, expected, rights, fault)
+        for index in 0..unmapped.len() {
+            if unmapped.get(index).is_none() {
+                continue;
             }
-            // It is pinned all the same; the next attempt finds it so.
-            Err(_) => Err(EAGAIN),
+            match memory.allocate_stand_in() {
+                Ok(stand_in) => unmapped.send_away(index, stand_in),
+                Err(error) if index == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        let mut count = 0;
+        let moved = unmapped.advance(|index, outcome| {
+            if let Outcome::Pinned(page, pinned) = outcome {
+                let rights = abi::PTE_READ | abi::PTE_WRITE | abi::PTE_ATOMIC;
+                entries[index] = pinned.pfn().address() | rights | abi::PTE_VALID;
+                let mine = Mapped {
+                    context: self.context,
+                    va: range.start + index * PAGE_SIZE,
+                };
+                memory.set(page, Data::Pinned(pinned), mine);
+                count += 1;
+            }
+        });
+        self.statistics.pins.add(count, Relaxed);
+        trace::pin(self.gpu.number(), self.context, range.start as u64, count as u64);
+        let result = if entries[0] == 0 {
+            Err(EBUSY)
+        } else {
+            match sequence.commit() {
+                Ok(mut guard) => map_and_replay(&mut guard, range.start, &entries, batch),
+                // They are pinned all the same; the next attempt finds them so.
+                Err(_) => Err(EAGAIN),
+            }
         };
         moved.finish();
         result
     }
 
-    /// How the GPU gets exclusive access to `va`.
-    fn atomics(&self, va: usize) -> Atomics {
-        let advice = self.advice.lock();
-        let index = advice.partition_point(|advice| advice.range.end <= va);
-        match advice.get(index) {
-            Some(advice) if advice.range.contains(&va) => advice.atomics,
-            _ => Atomics::Pin,
+    /// Moves the pages in `range`, which is a part of one window, to VRAM, and gives them to the GPU. Where there is nothing yet
+    /// something comes into being only if it is in `wanted` (or would be part of the same huge page).
+    ///
+    /// The replay is waited for before the migration is finished, as in [`Self::pin`].
+    ///
+    /// # Errors
+    ///
+    /// EBUSY, ENOSPC, EINVAL: nothing could be moved, or not what the first fault is about.
+    fn to_vram(
+        &self,
+        mm: &MmWithUser,
+        window: &IntervalNotifier<Window>,
+        range: Range<usize>,
+        wanted: Range<usize>,
+        batch: &mut Batch,
+    ) -> Result {
+        // With no lock held.
+        Residency::make_room(&self.gpu, range.len() / PAGE_SIZE);
+        let memory = self.gpu.memory();
+        let mut sequence = window.begin();
+        let mmap = mm.mmap_read_lock();
+        let mut range = range;
+        if let Some(vma) = mmap
+            .vma_lookup(wanted.start)
+            .filter(|vma| vma.start() <= wanted.start)
+        {
+            range.start = range.start.max(vma.start());
+        }
+        let mut unmapped = migrate::setup_range(&mmap, range.clone(), self.actor(), Purpose::Move)?;
+        // Our own migration is not reported to us. The GPU must not write to what is about to be copied.
+        window.revoke_within(&mut sequence).take_back(range.clone());
+        let mut plan = Plan::new(unmapped.len())?;
+        let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
+        plan.fill(memory, &mut unmapped, page(wanted.start)..page(wanted.end))?;
+        if plan.count == 0 {
+            // EBUSY if there is nothing that could be moved.
+            return Err(unmapped.sources().next().map_or(EBUSY, |_| ENOSPC));
+        }
+        self.gpu.transfer(&plan.transfers)?;
+        let mut entries = KVec::from_elem(0, unmapped.len(), GFP_KERNEL)?;
+        let mut count = 0;
+        let moved = unmapped.advance(|index, outcome| {
+            if let Outcome::Away(page, order) = outcome {
+                let pages = memory.following(page, 1 << order);
+                for (index, page) in (index..).zip(pages) {
+                    let mine = Mapped {
+                        context: self.context,
+                        va: range.start + index * PAGE_SIZE,
+                    };
+                    memory.set(page, Data::Device, mine);
+                    entries[index] = plan.entries[index];
+                    count += 1;
+                }
+            }
+        });
+        self.statistics.to_vram.add(count, Relaxed);
+        trace::migrate(self.gpu.number(), self.context, range.start as u64, count as u64);
+        let result = match sequence.commit() {
+            Ok(mut guard) => map_and_replay(&mut guard, range.start, &entries, batch),
+            // They are there all the same; the next attempt finds them so.
+            Err(_) => Err(EAGAIN),
+        };
+        moved.finish();
+        result?;
+        match entries.get(page(wanted.start)) {
+            Some(entry) if *entry != 0 => Ok(()),
+            _ => Err(EBUSY),
         }
     }
 
     /// Sets how the GPU gets exclusive access to `range`, and takes back what it has there.
     pub(crate) fn advise(&self, range: Range<usize>, atomics: Atomics) -> Result {
-        let mut list = self.advice.lock();
-        // The pieces on both sides, the new one, and what may be split.
-        let mut new = KVec::with_capacity(list.len() + 2, GFP_KERNEL)?;
-        let mut inserted = false;
-        let mut push = |range: Range<usize>, atomics| {
-            if range.is_empty() || atomics == Atomics::Pin {
-                // The default.
-                Ok(())
-            } else {
-                new.push_within_capacity(Advice { range, atomics })
-                    .map_err(|_| ENOMEM)
+        self.advice
+            .change(range.clone(), |policy| policy.atomics = atomics)?;
+        self.revoke(range);
+        Ok(())
+    }
+
+    /// Sets where the pages of `range` had better be. What is there stays where it is until it is accessed.
+    pub(crate) fn advise_location(&self, range: Range<usize>, location: Location) -> Result {
+        self.advice
+            .change(range.clone(), |policy| policy.location = location)?;
+        self.revoke(range);
+        Ok(())
+    }
+
+    /// Brings the pages of `range` to where they had better be, as far as that can be done.
+    ///
+    /// # Errors
+    ///
+    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM.
+    pub(crate) fn prefetch(&self, range: Range<usize>, location: Location) -> Result {
+        if location == Location::Vram && !self.has_vram() {
+            return Err(EOPNOTSUPP);
+        }
+        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
+        let mut start = range.start;
+        while start < range.end {
+            if kernel::current!().signal_pending() {
+                return Err(EINTR);
             }
-        };
-        for old in list.iter() {
-            push(old.range.start..old.range.end.min(range.start), old.atomics)?;
-            if !inserted && old.range.end > range.start {
-                push(range.clone(), atomics)?;
-                inserted = true;
+            let end = ((start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE).min(range.end);
+            let piece = start..end;
+            start = end;
+            if location == Location::Vram {
+                let Ok(window) = self.window(&mm, piece.start) else {
+                    continue;
+                };
+                for attempt in 0..PREFETCH_ATTEMPTS {
+                    match self.to_vram(&mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
+                        Err(EAGAIN) => {}
+                        // What cannot even be read stays where it is.
+                        Err(EBUSY) if attempt == 0 => {
+                            let _ = self.bring_near(&mm, &window, piece.clone());
+                        }
+                        _ => break,
+                    }
+                }
+            } else if self.home(piece, true, true) == Err(Trouble::NoMemory) {
+                return Err(ENOMEM);
             }
-            push(old.range.start.max(range.end)..old.range.end, old.atomics)?;
-        }
-        if !inserted {
-            push(range.clone(), atomics)?;
-        }
-        if new.len() > MAX_ADVICE {
-            return Err(ENOSPC);
-        }
-        *list = new;
-        drop(list);
-        let mut base = range.start & !(RANGE_SIZE - 1);
-        while let Some((next, window)) = self.find_from(base, range.end) {
-            window.revoke().invalidate(range.clone(), true);
-            base = next + RANGE_SIZE;
         }
         Ok(())
     }
@@ -611,11 +829,17 @@ impl AddressSpace {
         (*key < end).then(|| (*key, window.clone()))
     }
 
-    /// Where the page at `va` is: `uapi::PAGE_*`, what the GPU may do, and the pinned frame.
-    pub(crate) fn query(&self, va: usize) -> Result<(u32, u8, Option<Pfn>)> {
-        let Some(window) = self.find(va & !(RANGE_SIZE - 1)) else {
+    /// Where the page at `va` is, and what the GPU may do.
+    pub(crate) fn query(&self, va: usize) -> Result<Resident> {
+        let nowhere = Resident {
+            state: uapi::PAGE_CPU,
+            rights: 0,
+            size: 0,
+            pfn: None,
+        };
+        let Some(window) = self.find(va & !(WINDOW_SIZE - 1)) else {
             // The GPU has never been here.
-            return Ok((uapi::PAGE_CPU, 0, None));
+            return Ok(nowhere);
         };
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
         let mut wanted = Wanted::Nothing;
@@ -623,9 +847,9 @@ impl AddressSpace {
             if kernel::current!().signal_pending() {
                 return Err(EINTR);
             }
-            let sequence = window.begin();
+            let mut sequence = window.begin();
             let memory = self.gpu.memory();
-            let found = match read_page(&sequence, &mm, va, wanted, Some(memory.owner())) {
+            let found = match read_page(&mut sequence, &mm, va, wanted, Some(memory.owner())) {
                 Err(error) if error == EAGAIN => continue,
                 Err(_) if wanted == Wanted::Read => {
                     wanted = Wanted::Nothing;
@@ -637,108 +861,191 @@ impl AddressSpace {
                 continue;
             };
             let rights = guard.rights(va);
-            return Ok(match found {
+            let size = match rights {
+                0 => 0,
+                _ if guard.is_large() => WINDOW_SIZE,
+                _ => PAGE_SIZE,
+            };
+            let (state, pfn) = match found {
                 Found::Device { page, .. } => match memory.get(page) {
-                    Some((pfn, _)) => (uapi::PAGE_PINNED, rights, Some(pfn)),
-                    None => (uapi::PAGE_CPU, rights, None),
+                    Some((memory::Place::Pinned(pfn), _)) => (uapi::PAGE_PINNED, Some(pfn)),
+                    Some((memory::Place::Device(_), _)) => (uapi::PAGE_VRAM, None),
+                    None => (uapi::PAGE_CPU, None),
                 },
-                Found::System(_) if rights != 0 => (uapi::PAGE_MIRRORED, rights, None),
+                Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
+                // To look any closer would take it back.
+                Found::Nothing if guard.is_exclusive(va) => (uapi::PAGE_EXCLUSIVE, None),
                 Found::Nothing if rights != 0 => {
                     // On its way: the GPU has it already, or still, and a migration is not finished yet. To ask
                     // for read access is how to wait for that; it brings in nothing, as there is a page.
                     wanted = Wanted::Read;
                     continue;
                 }
-                _ => (uapi::PAGE_CPU, 0, None),
+                _ => return Ok(nowhere),
+            };
+            return Ok(Resident {
+                state,
+                rights,
+                size,
+                pfn,
             });
         }
         Err(EAGAIN)
     }
+}
 
-    /// Queues `commands` on `ring`; returns the number of the submission.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: no such ring. EINTR: a signal came while the ring was full. ENODEV: the device is lost.
-    pub(crate) fn submit(&self, ring: u32, commands: &[abi::Command]) -> Result<u64> {
-        let channel = self.gpu.ring(ring)?;
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        loop {
-            if self.gpu.is_lost() {
-                return Err(ENODEV);
-            }
-            // Held for the order of numbers to be that of the ring; given up while the ring is full.
-            let mut submitting = self.submitting.lock();
-            let last = submitting.get_mut(ring as usize).ok_or(EINVAL)?;
-            let sequence = *last + 1;
-            let header = abi::SubmitHeader {
-                context: self.context,
-                count: commands.len() as u32,
-                sequence,
-                flags: 0,
-                reserved: 0,
-            };
-            let callback: Arc<dyn Answered> = fence.clone();
-            let posted = channel.post(callback, sequence, 100, |output| {
-                let (head, body) = output.split_at_mut(size_of::<abi::SubmitHeader>());
-                head.copy_from_slice(header.as_bytes());
-                let bytes = commands.as_bytes();
-                body[..bytes.len()].copy_from_slice(bytes);
-                head.len() + bytes.len()
-            });
-            match posted {
-                Ok(()) => {
-                    *last = sequence;
-                    drop(submitting);
-                    channel.kick();
-                    self.statistics.submissions.add(1, Relaxed);
-                    return Ok(sequence);
-                }
-                Err(error) if error == ETIMEDOUT => {
-                    drop(submitting);
-                    if kernel::current!().signal_pending() {
-                        return Err(EINTR);
-                    }
-                    self.gpu.ping()?;
-                }
-                Err(error) => return Err(error),
-            }
+/// How often a piece is tried to be prefetched.
+const PREFETCH_ATTEMPTS: usize = 3;
+
+/// Sorts by address. (There are few; what `core` has for it is much code, and objtool does not like it.)
+fn sort(batch: &mut [abi::EventRecord]) {
+    for end in 1..batch.len() {
+        let mut place = end;
+        while place > 0 && batch[place - 1].va > batch[place].va {
+            batch.swap(place - 1, place);
+            place -= 1;
         }
     }
+}
 
-    /// Waits for submission `sequence` of `ring`, at most `timeout` milliseconds.
-    ///
-    /// # Errors
-    ///
-    /// EINVAL: there is no such submission. ESTALE: it is not known any more. ETIMEDOUT, EINTR.
-    pub(crate) fn wait(&self, ring: u32, sequence: u64, timeout: u64) -> Result<crate::fence::End> {
-        let fence = self.fences.get(ring as usize).ok_or(EINVAL)?;
-        let submitted = self.submitting.lock().get(ring as usize).copied().unwrap_or(0);
-        if sequence == 0 || sequence > submitted {
-            return Err(EINVAL);
-        }
-        let mut remaining = timeout;
-        loop {
-            let slice = remaining.min(SLICE.into());
-            match fence.wait(sequence, slice as Msecs) {
-                Waited::Ended(mut end) => {
-                    if end.status == abi::STATUS_FAULT_CANCELLED {
-                        let status = self.cancelled.get(ring as usize);
-                        end.status = status.map_or(uapi::STATUS_FAULT, |status| status.load(Relaxed) as u32);
-                    }
-                    return Ok(end);
-                }
-                Waited::Forgotten => return Err(ESTALE),
-                Waited::Interrupted => return Err(EINTR),
-                Waited::TimedOut => {
-                    remaining -= slice;
-                    if remaining == 0 {
-                        return Err(ETIMEDOUT);
-                    }
-                    // If it does not live, then this ends all its work.
-                    let _ = self.gpu.ping();
+/// The rights of a page that the GPU has to itself.
+fn rights_of(writable: bool) -> u64 {
+    if writable {
+        abi::PTE_READ | abi::PTE_WRITE | abi::PTE_ATOMIC
+    } else {
+        abi::PTE_READ
+    }
+}
+
+/// Where a page table entry has to lead.
+fn place_entry(place: memory::Place) -> u64 {
+    match place {
+        memory::Place::Device(offset) => offset | abi::PTE_VRAM,
+        memory::Place::Pinned(pfn) => pfn.address(),
+    }
+}
+
+/// Maps `entries` from `va` on, and lets those accesses of the batch go on which they are good for. Those are taken out of the
+/// batch.
+fn map_and_replay(window: &mut Window, va: usize, entries: &[u64], batch: &mut Batch) -> Result {
+    let granted = |fault: &abi::EventRecord| {
+        let page = (fault.va as usize & !(PAGE_SIZE - 1)).checked_sub(va)? / PAGE_SIZE;
+        let entry = entries.get(page)?;
+        // `ACCESS_*` are the bits of an entry, without VALID.
+        let needed = u64::from(fault.access) << 1;
+        (entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
+    };
+    let mut faults = [0; MAX_REPLAYS];
+    let mut count = 0;
+    for (place, fault) in faults.iter_mut().zip(batch.iter().filter_map(granted)) {
+        *place = fault;
+        count += 1;
+    }
+    let faults = &faults[..count];
+    window.map(va, entries, faults)?;
+    batch.retain(|fault| !faults.contains(&fault.fault));
+    Ok(())
+}
+
+/// What is to be moved to VRAM.
+struct Plan {
+    /// The page table entries that this will come to.
+    entries: KVec<u64>,
+    transfers: Transfers,
+    /// How many pages.
+    count: usize,
+}
+
+impl Plan {
+    /// For a range of `count` pages.
+    fn new(count: usize) -> Result<Self> {
+        Ok(Self {
+            entries: KVec::from_elem(0, count, GFP_KERNEL)?,
+            transfers: Transfers::with_capacity(count)?,
+            count: 0,
+        })
+    }
+
+    /// Finds a place in VRAM for what is unmapped, as far as there is room.
+    fn fill(
+        &mut self,
+        memory: &memory::PrivateMemory<Residency>,
+        unmapped: &mut Unmapped<'_>,
+        wanted: Range<usize>,
+    ) -> Result {
+        for index in 0..unmapped.len() {
+            let Some(source) = unmapped.get(index) else {
+                continue;
+            };
+            let count = 1 << source.order;
+            let is_wanted = index < wanted.end && wanted.start < index + count;
+            match source.what {
+                What::Device(_) => continue,
+                What::Hole if !is_wanted => continue,
+                _ => {}
+            }
+            if source.order > 0 {
+                if let Ok(block) = memory.allocate_device(BLOCK_ORDER) {
+                    self.send(memory, unmapped, source, 0, block)?;
+                    continue;
                 }
             }
+            if source.order > 0 && source.what == What::Hole {
+                // In pieces, then; the kernel wants all of them or none.
+                let mut pieces = KVec::with_capacity(BLOCK_PAGES, GFP_KERNEL)?;
+                for _ in 0..BLOCK_PAGES {
+                    let Ok(page) = memory.allocate_device(0) else {
+                        break;
+                    };
+                    pieces.push(page, GFP_KERNEL)?;
+                }
+                if pieces.len() == BLOCK_PAGES {
+                    for (piece, page) in pieces.into_iter().enumerate() {
+                        self.send(memory, unmapped, source, piece, page)?;
+                    }
+                }
+                continue;
+            }
+            for piece in 0..count {
+                let Ok(page) = memory.allocate_device(0) else {
+                    return Ok(());
+                };
+                self.send(memory, unmapped, source, piece, page)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Sends the `piece`th page of the source, or all of it, to `page`.
+    fn send(
+        &mut self,
+        memory: &memory::PrivateMemory<Residency>,
+        unmapped: &mut Unmapped<'_>,
+        source: Source,
+        piece: usize,
+        page: NewDevicePage,
+    ) -> Result {
+        let offset = memory.offset(page.name()).ok_or(EINVAL)?;
+        let count = 1 << page.order();
+        let length = (count * PAGE_SIZE) as u64;
+        match source.what {
+            What::System(pfn) => {
+                let from = pfn.address() + (piece * PAGE_SIZE) as u64;
+                self.transfers
+                    .copy(Place::system(from), Place::vram(offset), length)?;
+            }
+            _ => self.transfers.clear(Place::vram(offset), length)?,
+        }
+        let first = source.index + piece;
+        for index in 0..count {
+            let address = offset + (index * PAGE_SIZE) as u64;
+            let entry = address | abi::PTE_VRAM | abi::PTE_VALID | rights_of(source.writable);
+            if let Some(place) = self.entries.get_mut(first + index) {
+                *place = entry;
+            }
+        }
+        self.count += count;
+        unmapped.send_away(first, page);
+        Ok(())
     }
 }

@@ -4,12 +4,14 @@
 //!
 //! Locks, in the order in which they are taken:
 //!
-//! 1. `AddressSpace::handling`, `AddressSpace::submitting`
+//! 1. `AddressSpace::handling`
 //! 2. mmap_lock
 //! 3. folio locks
 //! 4. the state of an interval notifier (`hmm::notifier`); under it nothing is allocated
-//! 5. `Gpu::transport` (held only to take or drop it), `Contexts::table`
-//! 6. spinlocks: channels, fences, the page table of `hmm::memory`
+//! 5. `CopyEngine::mapped`, `Gpu::transport` (held only to take or drop it), `Contexts::table`
+//! 6. spinlocks: channels, fences (`fence.rs`), the page table of `hmm::memory`
+//!
+//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it.
 //!
 //! A request waits with 4 held, but for a time that is bounded: a device that does not answer within
 //! `timeout_ms` is lost. It is then reset, which ends all that was outstanding, and nothing is asked of it
@@ -18,10 +20,13 @@
 use crate::{
     abi,
     address_space::AddressSpace,
-    chardev::CharDevice,
+    chardev::{self, CharDevice},
+    copy::{self, CopyEngine, Transfers},
+    debugfs,
     file::FileHandle,
     hmm::memory::PrivateMemory,
     residency::Residency,
+    ring::Ring,
     sync::{Completion, ModuleQueue},
     virtio::{self, Channel, Device, Layout, Pending, Transport},
 };
@@ -32,9 +37,10 @@ use kernel::{
     str::CString,
     sync::{
         aref::ARef,
-        atomic::{Acquire, Atomic, Full, Release},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
+    task::Kuid,
     time::Msecs,
     workqueue::{Work, WorkItem},
 };
@@ -43,10 +49,14 @@ use kernel::{
 const CONTROL_SLOTS: usize = 2 * abi::MAX_RINGS as usize + 8;
 /// Slots of a ring.
 const RING_SLOTS: usize = 64;
-/// Page table entries in one request that this driver sends.
-const MAP_ENTRIES: usize = 1;
-/// Most commands in a batch that this driver sends.
-const MAX_BATCH: u32 = 64;
+/// Page table entries in one request that this driver sends, at most.
+const MAP_ENTRIES: usize = 512;
+/// Faults that are replayed with one request to map, at most: a ring has at most one.
+pub(crate) const MAX_REPLAYS: usize = abi::MAX_RINGS as usize;
+/// Most commands in a batch that this driver sends: 64 KiB of them.
+const MAX_BATCH: u32 = 1024;
+/// Milliseconds after which the device is asked whether it lives, while it has work.
+const HEARTBEAT: Msecs = 1000;
 /// Pages that can be pinned at a time.
 const PIN_PAGES: usize = 32768;
 
@@ -55,12 +65,14 @@ type Node = CharDevice<FileHandle, Arc<Gpu>>;
 
 /// What the device offers.
 pub(crate) struct Limits {
-    /// Number of rings.
+    /// Number of rings that programs can use.
     pub(crate) rings: u32,
     /// Most commands in one submission.
     pub(crate) max_batch: u32,
     /// Bytes of VRAM.
     pub(crate) vram_size: u64,
+    /// Most page table entries in one request.
+    max_map_entries: usize,
 }
 
 /// The address spaces that are open, by context.
@@ -68,11 +80,20 @@ pub(crate) struct Limits {
 pub(crate) struct Contexts {
     #[pin]
     table: SpinLock<KVVec<Option<Arc<AddressSpace>>>>,
-    /// Contexts that are taken, though not (yet, or any more) in the table.
+    /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
-    taken: SpinLock<KVVec<bool>>,
+    taken: SpinLock<KVVec<Option<Holder>>>,
     /// How many pinned pages of each context are on their way home.
     leaving: KVVec<Atomic<i32>>,
+}
+
+/// Whom a context is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// A program of this user.
+    User(Kuid),
+    /// The driver itself, whoever has loaded it.
+    Driver,
 }
 
 /// A page is on its way home; dropping this ends that.
@@ -92,7 +113,7 @@ impl Contexts {
         for _ in 0..count {
             table.push(None, GFP_KERNEL)?;
         }
-        let taken = KVVec::from_elem(false, count, GFP_KERNEL)?;
+        let taken = KVVec::from_elem(None, count, GFP_KERNEL)?;
         let mut leaving = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             leaving.push(Atomic::new(0), GFP_KERNEL)?;
@@ -103,11 +124,35 @@ impl Contexts {
         )
     }
 
-    /// Reserves a context.
+    /// Reserves a context for the current user.
+    ///
+    /// # Errors
+    ///
+    /// EDQUOT: this user has too many. ENOSPC: there is none left.
     fn reserve(&self) -> Result<u32> {
+        let user = Holder::User(Kuid::current_euid());
+        let limit = crate::module_parameters::contexts_per_user.value() as usize;
+        let mut exempt = false;
         let mut taken = self.taken.lock();
-        let context = taken.iter().position(|taken| !taken).ok_or(ENOSPC)?;
-        taken[context] = true;
+        while !exempt && taken.iter().filter(|owner| **owner == Some(user)).count() >= limit {
+            drop(taken);
+            if !chardev::caller_may_exceed_limits() {
+                return Err(EDQUOT);
+            }
+            exempt = true;
+            taken = self.taken.lock();
+        }
+        Self::take(&mut taken, user)
+    }
+
+    /// Reserves a context for the driver itself, which counts for nobody.
+    fn reserve_own(&self) -> Result<u32> {
+        Self::take(&mut self.taken.lock(), Holder::Driver)
+    }
+
+    fn take(taken: &mut [Option<Holder>], holder: Holder) -> Result<u32> {
+        let context = taken.iter().position(Option::is_none).ok_or(ENOSPC)?;
+        taken[context] = Some(holder);
         Ok(context as u32)
     }
 
@@ -125,7 +170,7 @@ impl Contexts {
 
     fn release(&self, context: u32) {
         if let Some(taken) = self.taken.lock().get_mut(context as usize) {
-            *taken = false;
+            *taken = None;
         }
     }
 
@@ -153,6 +198,11 @@ impl Contexts {
             .sum()
     }
 
+    /// How many there can be.
+    fn count(&self) -> u32 {
+        self.leaving.len() as u32
+    }
+
     /// The address space of a context.
     pub(crate) fn get(&self, context: u32) -> Option<Arc<AddressSpace>> {
         self.table.lock().get(context as usize).cloned().flatten()
@@ -168,10 +218,13 @@ pub(crate) struct Gpu {
     control: Arc<Channel>,
     invalidation: Arc<Channel>,
     event: Arc<Channel>,
-    rings: KVec<Arc<Channel>>,
+    rings: KVec<Arc<Ring>>,
+    /// None if the device has but one ring. VRAM is then not used.
+    copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
     memory: Arc<PrivateMemory<Residency>>,
     lost: Atomic<bool>,
+    large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
     #[pin]
     stopped: Completion,
@@ -180,14 +233,21 @@ pub(crate) struct Gpu {
     #[pin]
     node: Mutex<Option<Pin<KBox<Node>>>>,
     #[pin]
+    debug: Mutex<Option<Pin<KBox<debugfs::Directory>>>>,
+    #[pin]
     event_work: Work<Gpu, 0>,
     #[pin]
     loss_work: Work<Gpu, 1>,
+    /// `look_work` is running, or about to.
+    looking: Atomic<bool>,
+    #[pin]
+    look_work: Work<Gpu, 2>,
 }
 
 impl_has_work! {
     impl HasWork<Self, 0> for Gpu { self.event_work }
     impl HasWork<Self, 1> for Gpu { self.loss_work }
+    impl HasWork<Self, 2> for Gpu { self.look_work }
 }
 
 /// Events have come.
@@ -209,6 +269,29 @@ impl WorkItem<1> for Gpu {
 
     fn run(this: Arc<Gpu>) {
         this.stop();
+    }
+}
+
+/// The device has work: does it live?
+impl WorkItem<2> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        loop {
+            if this.stopped.wait(HEARTBEAT).is_ok() {
+                return;
+            }
+            if this.rings.iter().any(|ring| ring.is_busy()) {
+                // If it does not live, then this ends all its work.
+                let _ = this.ping();
+                continue;
+            }
+            this.looking.store(false, Release);
+            // Work that came before that has not seen it.
+            if !this.rings.iter().any(|ring| ring.is_busy()) || this.looking.xchg(true, Full) {
+                return;
+            }
+        }
     }
 }
 
@@ -253,11 +336,17 @@ fn check(status: u32) -> Result {
         abi::STATUS_LIMIT => Err(ENOMEM),
         abi::STATUS_NO_CONTEXT | abi::STATUS_NO_FAULT => Err(ENOENT),
         abi::STATUS_CONTEXT_EXISTS => Err(EEXIST),
+        abi::STATUS_UNSUPPORTED | abi::STATUS_INVALID => Err(EOPNOTSUPP),
         _ => Err(EIO),
     }
 }
 
 impl Gpu {
+    /// Its number.
+    pub(crate) fn number(&self) -> u32 {
+        self.number.0
+    }
+
     /// What the device offers.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
@@ -268,14 +357,30 @@ impl Gpu {
         &self.contexts
     }
 
-    /// The struct pages that stand in for pinned ones.
+    /// The struct pages of VRAM, and those that stand in for pinned ones.
     pub(crate) fn memory(&self) -> &PrivateMemory<Residency> {
         &self.memory
     }
 
-    /// The channel of a ring.
-    pub(crate) fn ring(&self, ring: u32) -> Result<&Arc<Channel>> {
+    /// A ring.
+    pub(crate) fn ring(&self, ring: u32) -> Result<&Arc<Ring>> {
         self.rings.get(ring as usize).ok_or(EINVAL)
+    }
+
+    /// All rings.
+    pub(crate) fn rings(&self) -> &[Arc<Ring>] {
+        &self.rings
+    }
+
+    /// There is work: has the device asked from time to time whether it lives, until all is done. Whoever waits for
+    /// the end of it need not do that.
+    pub(crate) fn look_after_work(self: &Arc<Self>) {
+        if !self.looking.xchg(true, Full) {
+            // Fails only if it is queued already.
+            let _ = ModuleQueue::Submissions
+                .get()
+                .map(|queue| queue.enqueue::<_, 2>(self.clone()));
+        }
     }
 
     /// For messages.
@@ -286,6 +391,24 @@ impl Gpu {
     /// Whether the device is gone.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Acquire)
+    }
+
+    /// What is to be seen of this device in debugfs.
+    fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
+        let mut rings = KVec::new();
+        let mut queues = KVec::new();
+        let mut queue = |name, channel: &Arc<Channel>| queues.push((name, channel.clone()), GFP_KERNEL);
+        queue("control", &self.control)?;
+        queue("invalidate", &self.invalidation)?;
+        queue("event", &self.event)?;
+        for ring in &self.rings {
+            rings.push(ring.clone(), GFP_KERNEL)?;
+            queue("ring", ring.channel())?;
+        }
+        if let Some(copy) = &self.copy {
+            queue("copy", copy.ring())?;
+        }
+        debugfs::Directory::new(name, rings, queues)
     }
 
     /// Declares the device lost. It will be reset as soon as possible.
@@ -311,6 +434,15 @@ impl Gpu {
         drop(transport.take());
         drop(transport);
         self.stopped.complete_all();
+        // What had not gone to it ends as well.
+        for ring in &self.rings {
+            ring.pump();
+        }
+        for context in 0..self.contexts.count() {
+            if let Some(space) = self.contexts.get(context) {
+                space.submissions().lose();
+            }
+        }
     }
 
     /// Waits for the answer to a request; a device that does not give one is lost.
@@ -326,13 +458,68 @@ impl Gpu {
         }
     }
 
+    /// Copies and clears memory. When this returns, all has been done, or nothing more will be.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP: there is no ring for it. ENODEV: the device is lost.
+    pub(crate) fn transfer(self: &Arc<Self>, transfers: &Transfers) -> Result {
+        if transfers.is_empty() {
+            return Ok(());
+        }
+        let copy = self.copy.as_ref().ok_or(EOPNOTSUPP)?;
+        copy.prepare(self, transfers)?;
+        let result = copy.run(self, transfers);
+        if result.is_err() {
+            // Work that has been given up may still be carried out, until the device is reset.
+            self.wait_stopped();
+        }
+        result
+    }
+
+    /// Puts a batch of the driver's own into `ring`.
+    pub(crate) fn send_batch<'a>(
+        &self,
+        ring: &'a Channel,
+        header: &abi::SubmitHeader,
+        commands: &[abi::Command],
+    ) -> Result<Pending<'a>> {
+        if self.is_lost() {
+            return Err(ENODEV);
+        }
+        ring.request(timeout(), |output| {
+            let length = put(output, header.as_bytes());
+            length + put(&mut output[length..], commands.as_bytes())
+        })
+    }
+
+    /// Waits for a batch of the driver's own.
+    pub(crate) fn end_of_batch(self: &Arc<Self>, pending: Pending<'_>) -> Result {
+        match pending.wait::<abi::Completion>(timeout()) {
+            Ok(done) if done.status == abi::STATUS_OK => Ok(()),
+            Ok(done) => {
+                dev_err!(self.device, "a copy ended with {:?}\n", done);
+                self.lose("it did not copy");
+                Err(ENODEV)
+            }
+            Err(_) => {
+                self.lose("no end of a copy");
+                Err(ENODEV)
+            }
+        }
+    }
+
     /// Puts a request into the control queue.
     ///
     /// # Errors
     ///
     /// EBUSY: the queue has been full all the time.
     fn send<T: IntoBytes + zerocopy::Immutable + ?Sized>(&self, request: &T) -> Result<Pending<'_>> {
-        let write = |output: &mut [u8]| put(output, request.as_bytes());
+        self.send_with(|output| put(output, request.as_bytes()))
+    }
+
+    /// As [`Self::send`], for a request that is written in place.
+    fn send_with(&self, write: impl FnOnce(&mut [u8]) -> usize) -> Result<Pending<'_>> {
         match self.control.request(timeout(), write) {
             Err(error) if error == ETIMEDOUT => Err(EBUSY),
             other => other,
@@ -392,34 +579,97 @@ impl Gpu {
         self.contexts.release(context);
     }
 
-    /// Writes a page table entry, and retries the accesses that are stalled on `fault`. Returns when that has
-    /// happened, so that whoever keeps the page meanwhile has let the device make progress.
+    /// Writes page table entries, and retries the accesses that are stalled on `faults` ([`MAX_REPLAYS`] at most). Returns
+    /// when that has happened, so that whoever keeps the pages meanwhile has let the device make progress.
     ///
-    /// Both requests go over the bus at once.
-    pub(crate) fn map_and_replay(self: &Arc<Self>, context: u32, va: u64, entry: u64, fault: u64) -> Result {
+    /// All requests go over the bus at once, if there are no more entries than one request can hold.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP: the device knows no large pages.
+    pub(crate) fn map(
+        self: &Arc<Self>,
+        context: u32,
+        va: u64,
+        entries: &[u64],
+        large: bool,
+        faults: &[u64],
+    ) -> Result {
         if self.is_lost() {
             return Err(ENODEV);
         }
-        let request = abi::MapRequest {
-            header: header(abi::REQUEST_MAP, context),
-            va,
-            count: 1,
-            reserved: 0,
+        let size = if large {
+            abi::LARGE_PAGE_SIZE
+        } else {
+            abi::PAGE_SIZE
         };
-        let mut map = [0; size_of::<abi::MapRequest>() + size_of::<u64>()];
-        let length = put(&mut map, request.as_bytes());
-        put(&mut map[length..], entry.as_bytes());
-        let map = self.send(&map)?;
-        let replay = self.send(&fault_request(abi::REQUEST_REPLAY, context, fault));
+        let limit = self.limits.max_map_entries;
+        let mut va = va;
+        let mut rest = entries;
+        while rest.len() > limit {
+            let (now, later) = rest.split_at(limit);
+            let map = self.send_map(context, va, now, large)?;
+            self.control.kick();
+            check(self.answer(map, "no answer to MAP")?.status)?;
+            va += now.len() as u64 * size;
+            rest = later;
+        }
+        let map = self.send_map(context, va, rest, large)?;
+        let mut replays = [const { None }; MAX_REPLAYS];
+        for (replay, fault) in replays.iter_mut().zip(faults) {
+            *replay = Some(self.send(&fault_request(abi::REQUEST_REPLAY, context, *fault)));
+        }
         self.control.kick();
         let map = self.answer(map, "no answer to MAP");
-        let replay = self.answer(replay?, "no answer to REPLAY");
+        let mut result = Ok(());
+        for replay in replays.into_iter().flatten() {
+            let replay = replay.and_then(|replay| self.answer(replay, "no answer to REPLAY"));
+            let replay = match replay.and_then(|answer| check(answer.status)) {
+                // The fault may be gone with its context.
+                Err(error) if error == ENOENT => Ok(()),
+                other => other,
+            };
+            result = result.and(replay);
+        }
         // Only now: with the fault replayed in vain, the access has stalled on another one.
-        check(map?.status)?;
-        match check(replay?.status) {
-            // The fault may be gone with its context.
+        let map = check(map?.status);
+        if large && map == Err(EOPNOTSUPP) {
+            self.large_pages.store(false, Relaxed);
+        }
+        map?;
+        result
+    }
+
+    /// Whether the device knows large pages, as far as anybody has tried.
+    pub(crate) fn has_large_pages(&self) -> bool {
+        self.large_pages.load(Relaxed)
+    }
+
+    fn send_map(&self, context: u32, va: u64, entries: &[u64], large: bool) -> Result<Pending<'_>> {
+        let request = abi::MapRequest {
+            header: abi::RequestHeader {
+                opcode: abi::REQUEST_MAP,
+                flags: if large { abi::MAP_LARGE } else { 0 },
+                context,
+            },
+            va,
+            count: entries.len() as u32,
+            reserved: 0,
+        };
+        self.send_with(|output| {
+            let length = put(output, request.as_bytes());
+            length + put(&mut output[length..], entries.as_bytes())
+        })
+    }
+
+    /// Retries the accesses that are stalled on `fault`, as [`Self::map`] does.
+    pub(crate) fn replay(self: &Arc<Self>, context: u32, fault: u64) -> Result {
+        match self.request(
+            &fault_request(abi::REQUEST_REPLAY, context, fault),
+            "no answer to REPLAY",
+        ) {
             Err(error) if error == ENOENT => Ok(()),
-            other => other,
+            other => other.map(|_| ()),
         }
     }
 
@@ -489,6 +739,15 @@ impl Gpu {
 
     fn handle_event(self: &Arc<Self>, event: &abi::EventRecord) {
         match event.kind {
+            abi::EVENT_FAULT
+                if self
+                    .copy
+                    .as_ref()
+                    .is_some_and(|copy| copy.context() == event.context) =>
+            {
+                dev_err!(self.device, "a copy of the driver's has faulted: {:?}\n", event);
+                self.lose("it does not map what it was told to");
+            }
             abi::EVENT_FAULT => {
                 if let Some(space) = self.contexts.get(event.context) {
                     space.fault(event);
@@ -502,6 +761,9 @@ impl Gpu {
                     event.status
                 );
             }
+            // Nothing depends on these.
+            abi::EVENT_PREFETCH | abi::EVENT_ACCESS_COUNT => {}
+            abi::EVENT_DEVICE_RESET => self.lose("it has reset itself"),
             kind => dev_err!(self.device, "an event of unknown kind {}\n", kind),
         }
     }
@@ -527,6 +789,12 @@ fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
         header: header(opcode, context),
         fault,
     }
+}
+
+/// Pages of VRAM that are used at most: twice as many as the system has. The struct pages of more would take up too much of
+/// its memory.
+fn most_vram_pages() -> usize {
+    2 * crate::hmm::page::system_pages()
 }
 
 /// Believes the device only what makes sense.
@@ -580,47 +848,75 @@ impl virtio::Driver for Gpu {
         )?;
         layout(size_of::<abi::InvalidateRequest>(), response, CONTROL_SLOTS)?;
         layout(0, size_of::<abi::EventRecord>(), usize::MAX)?;
-        for _ in 0..config.num_rings {
-            let commands = max_batch as usize * size_of::<abi::Command>();
+        // The last ring is the driver's own, if there are two at least.
+        let rings_of_users = if config.num_rings > 1 {
+            config.num_rings - 1
+        } else {
+            1
+        };
+        let copy_batch = config.max_batch.min(copy::MAX_BATCH);
+        for ring in 0..config.num_rings {
+            let (commands, slots) = if ring < rings_of_users {
+                // Submissions come in buffers of their own.
+                (0, RING_SLOTS)
+            } else {
+                (copy_batch, copy::SLOTS)
+            };
             layout(
-                size_of::<abi::SubmitHeader>() + commands,
+                size_of::<abi::SubmitHeader>() + commands as usize * size_of::<abi::Command>(),
                 size_of::<abi::Completion>(),
-                RING_SLOTS,
+                slots,
             )?;
         }
+        let number = Number::allocate()?;
         let contexts = Contexts::new(config.max_contexts as usize)?;
-        let memory = PrivateMemory::new(c"pinion", PIN_PAGES, Residency::new(contexts.clone()))?;
+        let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
+        let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
+        let residency = Residency::new(contexts.clone());
+        let memory = PrivateMemory::new(c"pinion", vram, PIN_PAGES, residency)?;
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
+        let mut copy = None;
         for ring in 0..config.num_rings {
             let channel = transport.channel((abi::QUEUE_FIRST_RING + ring).into())?;
-            rings.push(channel, GFP_KERNEL)?;
+            if ring < rings_of_users {
+                rings.push(Ring::new(number.0, ring.into(), channel)?, GFP_KERNEL)?;
+            } else {
+                let engine = CopyEngine::new(contexts.reserve_own()?, channel, copy_batch)?;
+                copy = Some(KBox::pin_init(engine, GFP_KERNEL)?);
+            }
         }
         let control = transport.channel(abi::QUEUE_CONTROL.into())?;
         let invalidation = transport.channel(abi::QUEUE_INVALIDATE.into())?;
         let event = transport.channel(abi::QUEUE_EVENT.into())?;
         let limits = Limits {
-            rings: config.num_rings.into(),
+            rings: rings_of_users.into(),
             max_batch,
             vram_size: config.vram_size,
+            max_map_entries: (config.max_map_entries as usize).min(MAP_ENTRIES),
         };
         Arc::pin_init(
             try_pin_init!(Self {
                 device: device.generic().into(),
-                number: Number::allocate()?,
+                number,
                 limits,
                 control,
                 invalidation,
                 event,
                 rings,
+                copy,
                 contexts,
                 memory,
                 lost: Atomic::new(false),
+                large_pages: Atomic::new(true),
                 stopped <- Completion::new(),
                 transport <- new_mutex!(Some(transport), "Gpu::transport"),
                 node <- new_mutex!(None, "Gpu::node"),
+                debug <- new_mutex!(None, "Gpu::debug"),
                 event_work <- new_work!("Gpu::event_work"),
                 loss_work <- new_work!("Gpu::loss_work"),
+                looking: Atomic::new(false),
+                look_work <- new_work!("Gpu::look_work"),
             }? Error),
             GFP_KERNEL,
         )
@@ -632,7 +928,13 @@ impl virtio::Driver for Gpu {
         }
         this.event.post_inputs()?;
         this.ping()?;
+        this.memory.handler().set_gpu(Some(this.clone()));
+        if let Some(copy) = &this.copy {
+            let request = header(abi::REQUEST_CONTEXT_CREATE, copy.context());
+            this.request(&request, "no answer to CONTEXT_CREATE")?;
+        }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
+        *this.debug.lock() = Some(this.debug_directory(&name)?);
         let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         Ok(())
@@ -649,8 +951,13 @@ impl virtio::Driver for Gpu {
                     .map(|queue| queue.enqueue::<_, 0>(this.clone()));
             }
             queue => {
-                if let Some(ring) = this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize) {
-                    ring.collect();
+                match (
+                    this.rings.get((queue - abi::QUEUE_FIRST_RING) as usize),
+                    &this.copy,
+                ) {
+                    (Some(ring), _) => ring.interrupt(),
+                    (None, Some(copy)) => copy.ring().collect(),
+                    (None, None) => {}
                 }
             }
         }
@@ -659,11 +966,16 @@ impl virtio::Driver for Gpu {
     fn remove(this: Arc<Self>) {
         let node = this.node.lock().take();
         drop(node);
+        let debug = this.debug.lock().take();
+        drop(debug);
+        // As long as the device can still copy.
+        Residency::evacuate(&this);
         this.stop();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.
         ModuleQueue::Faults.flush();
         ModuleQueue::Faults.flush();
         Residency::evict_all(&this);
+        this.memory.handler().set_gpu(None);
     }
 }

@@ -3,7 +3,9 @@
  * C functions for what Rust cannot call itself: static inline functions and macros of the kernel. Nothing is
  * decided here; each function does what its name says, and the Rust abstraction that calls it argues why it may.
  */
+#include <linux/highmem.h>
 #include <linux/hmm.h>
+#include <linux/huge_mm.h>
 #include <linux/ioport.h>
 #include <linux/memremap.h>
 #include <linux/migrate.h>
@@ -25,6 +27,8 @@ static_assert(HMM_PFN_ERROR == 1UL << 61);
 static_assert(HMM_PFN_REQ_FAULT == HMM_PFN_VALID);
 static_assert(HMM_PFN_REQ_WRITE == HMM_PFN_WRITE);
 static_assert(HMM_PFN_ORDER_SHIFT == 53);
+/* hmm/blocks.rs, and the windows of address_space.rs: a block is what one PMD maps. */
+static_assert(HPAGE_PMD_ORDER == 9);
 
 /* virtio */
 
@@ -174,6 +178,11 @@ bool pinion_page_is_anon(struct page *page)
 	return folio_test_anon(page_folio(page));
 }
 
+bool pinion_page_is_ksm(struct page *page)
+{
+	return folio_test_ksm(page_folio(page));
+}
+
 bool pinion_page_may_pin(struct page *page)
 {
 	struct folio *folio = page_folio(page);
@@ -211,6 +220,59 @@ struct page *pinion_folio_page(struct folio *folio)
 	return &folio->page;
 }
 
+unsigned int pinion_page_order(struct page *page)
+{
+	return folio_order(page_folio(page));
+}
+
+unsigned long pinion_totalram_pages(void)
+{
+	return totalram_pages();
+}
+
+struct page *pinion_alloc_vma_page(struct vm_area_struct *vma, unsigned long address, unsigned int order)
+{
+	gfp_t gfp = order ? GFP_TRANSHUGE_LIGHT | __GFP_NORETRY | __GFP_NOWARN : GFP_HIGHUSER_MOVABLE;
+	struct folio *folio = vma_alloc_folio(gfp, order, vma, ALIGN_DOWN(address, PAGE_SIZE << order));
+
+	if (!folio)
+		return NULL;
+	folio_lock(folio);
+	return folio_page(folio, 0);
+}
+
+struct page *pinion_alloc_page(void)
+{
+	struct page *page = alloc_page(GFP_HIGHUSER_MOVABLE);
+
+	if (page)
+		lock_page(page);
+	return page;
+}
+
+void pinion_clear_pages(struct page *page, unsigned int order)
+{
+	unsigned int i;
+
+	for (i = 0; i < 1U << order; i++)
+		clear_highpage(page + i);
+}
+
+bool pinion_vma_is_anonymous(struct vm_area_struct *vma)
+{
+	return vma_is_anonymous(vma);
+}
+
+bool pinion_vma_is_writable(struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_WRITE;
+}
+
+bool pinion_vma_may_have_huge_pages(struct vm_area_struct *vma)
+{
+	return !vma_thp_disabled(vma, vma->vm_flags, false);
+}
+
 /* Device-private memory */
 
 struct resource *pinion_request_free_mem_region(unsigned long size, const char *name)
@@ -223,9 +285,10 @@ void pinion_release_mem_region(unsigned long start, unsigned long size)
 	release_mem_region(start, size);
 }
 
-void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap)
+void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap, unsigned int order)
 {
-	zone_device_folio_init(page_folio(page), pgmap, 0);
+	/* Not page_folio(): the page may have been the tail of a folio that is gone. */
+	zone_device_folio_init((struct folio *)page, pgmap, order);
 }
 
 int pinion_numa_node(void)

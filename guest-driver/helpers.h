@@ -14,6 +14,7 @@ struct page;
 struct resource;
 struct semaphore;
 struct virtio_device;
+struct vm_area_struct;
 struct virtqueue;
 struct workqueue_struct;
 
@@ -49,16 +50,25 @@ void pinion_put_page(struct page *page);
 void pinion_lock_page(struct page *page);
 void pinion_unlock_page(struct page *page);
 bool pinion_page_is_anon(struct page *page);
+bool pinion_page_is_ksm(struct page *page);
 bool pinion_page_may_pin(struct page *page);
 bool pinion_page_is_mapped(struct page *page);
 void pinion_page_mark_dirty(struct page *page);
 void pinion_page_clear_mapping(struct page *page);
 struct dev_pagemap *pinion_device_private_pagemap(struct page *page);
 struct page *pinion_folio_page(struct folio *folio);
+unsigned int pinion_page_order(struct page *page);
+unsigned long pinion_totalram_pages(void);
+struct page *pinion_alloc_vma_page(struct vm_area_struct *vma, unsigned long address, unsigned int order);
+struct page *pinion_alloc_page(void);
+void pinion_clear_pages(struct page *page, unsigned int order);
+bool pinion_vma_is_anonymous(struct vm_area_struct *vma);
+bool pinion_vma_is_writable(struct vm_area_struct *vma);
+bool pinion_vma_may_have_huge_pages(struct vm_area_struct *vma);
 
 struct resource *pinion_request_free_mem_region(unsigned long size, const char *name);
 void pinion_release_mem_region(unsigned long start, unsigned long size);
-void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap);
+void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap, unsigned int order);
 int pinion_numa_node(void);
 
 #endif /* _PINION_HELPERS_H */

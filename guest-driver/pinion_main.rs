@@ -6,23 +6,32 @@
 //!
 //! - abstractions over C interfaces, in which all `unsafe` lives: [`bindings`], [`sync`], [`virtio`],
 //!   [`chardev`], [`hmm`];
-//! - the driver: [`gpu`] (the device), [`fence`], [`address_space`] (what the GPU maps of a process),
+//! - the driver: [`gpu`] (the device), [`fence`], [`submission`], [`address_space`] (what the GPU maps of a process),
 //!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`);
 //! - the two interfaces: [`abi`] (the device's, shared with its implementation) and [`uapi`].
 
 use kernel::prelude::*;
 
 mod address_space;
+mod advice;
 mod bindings;
 mod chardev;
+mod copy;
+mod debugfs;
+mod eventfd;
 mod fence;
+mod fence_file;
 mod file;
 mod gpu;
 mod hmm;
 mod residency;
+mod ring;
+mod submission;
 mod sync;
+mod trace;
 mod uapi;
 mod virtio;
+mod window;
 
 #[allow(dead_code, unreachable_pub)]
 #[path = "../abi/src/wire.rs"]
@@ -38,6 +47,10 @@ module! {
         timeout_ms: u32 {
             default: 10000,
             description: "Milliseconds after which a device that does not answer is lost",
+        },
+        contexts_per_user: u32 {
+            default: 128,
+            description: "Most address spaces that a user may have on a device (CAP_SYS_RESOURCE: no limit)",
         },
     },
 }

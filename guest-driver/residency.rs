@@ -1,22 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Where pages are, and how those that are pinned come home.
+//! Where pages are, and how they get home.
 //!
-//! A pinned page is represented by a device-private page, which knows in which context and at which address
-//! the GPU maps it. Coming home always goes the same way: unmap and lock the stand-in (so that nobody pins or
-//! faults meanwhile), revoke the GPU's mapping, give the very same page back.
+//! A page that the GPU has to itself is represented by a device-private page, which knows in which context and at which
+//! address the GPU maps it. It is either pinned in place or in VRAM. Coming home always goes the same way: unmap and lock
+//! the device-private page (so that nobody pins, moves or faults meanwhile), revoke the GPU's mapping, and then give the
+//! very same page back, or copy the data from VRAM to a new one.
+//!
+//! **Eviction.** When VRAM is full, the block (2 MiB) that has not been used for the longest time goes home: not used
+//! means neither faulted on by the GPU nor moved to. That is done on behalf of a process that wants room, with no lock
+//! of that process held, since it takes those of others. It reaches pages through the process that moved
+//! them; those which that process cannot reach any more stay where they are until a CPU touches or frees them.
 
 use crate::{
     address_space::AddressSpace,
-    gpu::{Contexts, Gpu},
+    copy::{Location, Transfers},
+    gpu::{Contexts, Gpu, Leaving},
     hmm::{
-        memory::{DevicePage, FaultedPage, Handler, Outcome, PrivateMemory},
-        migrate::{self, Unmapped},
+        memory::{Data, DeviceBlock, DevicePage, FaultedPage, Handler, Outcome, Place, PrivateMemory},
+        migrate::{self, Source, Unmapped, What, MAX_PAGES},
+        page::PinnedPage,
     },
+    trace,
 };
+use core::ops::Range;
 use kernel::{
+    mm::MmWithUser,
+    new_spinlock,
     prelude::*,
-    sync::{atomic::Relaxed, Arc},
+    sync::{atomic::Relaxed, Arc, SpinLock},
     time::{delay::fsleep, Delta},
 };
 
@@ -24,9 +36,17 @@ use kernel::{
 const PAUSE: Delta = Delta::from_millis(1);
 /// Tries after which to say that something is in the way.
 const PATIENCE: u32 = 5000;
+/// Tries to get pages out of VRAM while the device still lives: what is left then is lost.
+const ROUNDS: usize = 3000;
+/// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
+const AROUND: usize = 16;
+/// Blocks that are evicted at most to make room for one.
+const MOST_EVICTIONS: usize = 64;
+/// Bytes of a page.
+const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 
-/// By whom and where a pinned page is mapped.
-#[derive(Clone, Copy, Default)]
+/// By whom and where a page is mapped.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Mapped {
     /// The context.
     pub(crate) context: u32,
@@ -40,81 +60,506 @@ impl Mapped {
         context: u32::MAX,
         va: 0,
     };
+
+    /// Whether `other` is the next page.
+    fn precedes(self, other: Self) -> bool {
+        self.context == other.context && self.va + PAGE_SIZE == other.va
+    }
 }
 
 /// What device-private memory knows of the driver.
+#[pin_data]
 pub(crate) struct Residency {
     contexts: Arc<Contexts>,
+    /// While it is there. It owns the memory, which must not own it for ever.
+    #[pin]
+    gpu: SpinLock<Option<Arc<Gpu>>>,
 }
 
-/// The page was in use by somebody else.
-struct Busy;
+/// Why pages have not come home.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Trouble {
+    /// They are in use by somebody else.
+    Busy,
+    /// There is no memory for them.
+    NoMemory,
+    /// The device is lost, and their data with it.
+    Lost,
+}
 
-impl Residency {
-    /// Pages of the address spaces in `contexts`.
-    pub(crate) fn new(contexts: Arc<Contexts>) -> Self {
-        Self { contexts }
+impl From<kernel::alloc::AllocError> for Trouble {
+    fn from(_: kernel::alloc::AllocError) -> Self {
+        Self::NoMemory
+    }
+}
+
+/// Which pages are to come home.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// All.
+    All,
+    /// Those in VRAM.
+    Vram,
+    /// The one with this index, which is pinned.
+    Pinned(usize),
+    /// All. What was in the VRAM of a lost device comes home as zeros.
+    Remains,
+}
+
+impl Which {
+    fn has(self, index: usize, place: Place) -> bool {
+        match (self, place) {
+            (Self::All | Self::Remains, _) | (Self::Vram, Place::Device(_)) => true,
+            (Self::Pinned(this), Place::Pinned(_)) => this == index,
+            (Self::Vram, Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
+        }
+    }
+}
+
+/// A page that has been taken out of the table, to come home.
+struct Traveller {
+    index: usize,
+    page: DevicePage,
+    mapped: Mapped,
+    /// What is given back. None: the data is in VRAM, and is copied.
+    pinned: Option<PinnedPage>,
+    home: bool,
+}
+
+/// Pages on their way home.
+struct Journey<'a> {
+    memory: &'a PrivateMemory<Residency>,
+    travellers: KVVec<Traveller>,
+    transfers: Transfers,
+    /// Whoever closes one of these contexts waits for us.
+    leaving: KVec<(u32, Leaving<'a>)>,
+}
+
+impl<'a> Journey<'a> {
+    /// One of `count` pages at most.
+    fn new(memory: &'a PrivateMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
+        let copies = if matches!(which, Which::Pinned(_)) {
+            0
+        } else {
+            count
+        };
+        Ok(Self {
+            memory,
+            travellers: KVVec::with_capacity(count, GFP_KERNEL)?,
+            transfers: Transfers::with_capacity(copies).map_err(|_| Trouble::NoMemory)?,
+            leaving: KVec::new(),
+        })
     }
 
-    /// Gives back the page for which the unmapped `page` stands in.
-    ///
-    /// While this runs, the page is counted as on its way, for whoever waits until none is left.
-    fn bring_home(
-        memory: &PrivateMemory<Self>,
-        page: DevicePage,
-        unmapped: Unmapped<'_>,
-    ) -> Result<(), Busy> {
-        let (_, found) = memory.get(page).ok_or(Busy)?;
-        let _on_its_way = memory.handler().contexts.leave(found.context);
-        // First taken, then revoked: whoever is about to map the page elsewhere (after mremap) either has said
-        // so already, and is found here, or finds that it is gone. The page is locked, so nobody else takes it.
-        let (pinned, mapped) = memory.take(page).ok_or(Busy)?;
-        let statistics = memory.handler().contexts.get(mapped.context).map(|space| {
-            space.revoke(mapped.va);
-            space.statistics().clone()
-        });
-        if !unmapped.unpin(pinned, |pinned| memory.set(page, pinned, mapped)) {
-            return Err(Busy);
+    /// Takes `page` out of the table.
+    fn take(&mut self, index: usize, page: DevicePage) -> Result<(), Trouble> {
+        let Some((_, note)) = self.memory.get(page) else {
+            return Err(Trouble::Busy);
+        };
+        if !self.leaving.iter().any(|(context, _)| *context == note.context) {
+            let leaving = self.memory.handler().contexts.leave(note.context);
+            self.leaving.push((note.context, leaving), GFP_KERNEL)?;
         }
-        if let Some(statistics) = statistics {
-            statistics.unpins.add(1, Relaxed);
+        self.travellers.reserve(1, GFP_KERNEL)?;
+        let (data, mapped) = self.memory.take(page).ok_or(Trouble::Busy)?;
+        let pinned = match data {
+            Data::Device => None,
+            Data::Pinned(pinned) => Some(pinned),
+        };
+        let traveller = Traveller {
+            index,
+            page,
+            mapped,
+            pinned,
+            home: false,
+        };
+        self.travellers.push(traveller, GFP_KERNEL)?;
+        Ok(())
+    }
+
+    /// Takes a folio in VRAM out of the table, and finds room for it at home.
+    fn take_vram(
+        &mut self,
+        unmapped: &mut Unmapped<'_>,
+        source: Source,
+        page: DevicePage,
+        zeros: bool,
+    ) -> Result<(), Trouble> {
+        let memory = self.memory;
+        let large = match source.order {
+            0 => None,
+            order => unmapped.allocate(source.index, order),
+        };
+        let order = if large.is_some() { source.order } else { 0 };
+        let mut large = large;
+        let pages = memory.following(page, 1 << source.order);
+        for (index, page) in (source.index..).zip(pages) {
+            let first_of_piece = order == 0 || index == source.index;
+            let new = if first_of_piece {
+                let new = large.take().or_else(|| unmapped.allocate(index, 0));
+                // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
+                let Some(new) = new else {
+                    if index == source.index {
+                        return Err(Trouble::NoMemory);
+                    }
+                    continue;
+                };
+                Some(new)
+            } else {
+                None
+            };
+            self.take(index, page)?;
+            if let Some(mut new) = new {
+                let offset = memory.offset(page).ok_or(Trouble::Busy)?;
+                if zeros {
+                    new.clear();
+                } else {
+                    let length = (PAGE_SIZE << order) as u64;
+                    self.transfers
+                        .copy(
+                            Location::vram(offset),
+                            Location::system(new.pfn().address()),
+                            length,
+                        )
+                        .map_err(|_| Trouble::NoMemory)?;
+                }
+                unmapped.send_home(index, new);
+            }
         }
         Ok(())
     }
 
-    /// Brings home the pinned pages of `space`, which the device does not access any more, as far as its process
+    /// Calls `each` for the address spaces in which the pages are mapped, with how many follow each other from where on.
+    fn for_each_run(&self, mut each: impl FnMut(&AddressSpace, Range<usize>)) {
+        for run in self
+            .travellers
+            .chunk_by(|one, next| one.mapped.precedes(next.mapped))
+        {
+            if let Some(space) = self.memory.handler().contexts.get(run[0].mapped.context) {
+                let start = run[0].mapped.va;
+                each(&space, start..start + run.len() * PAGE_SIZE);
+            }
+        }
+    }
+
+    /// Counts those that have come home.
+    fn count(&self) {
+        for run in self
+            .travellers
+            .chunk_by(|one, next| one.mapped.context == next.mapped.context)
+        {
+            let Some(space) = self.memory.handler().contexts.get(run[0].mapped.context) else {
+                continue;
+            };
+            let home = run.iter().filter(|traveller| traveller.home);
+            let (vram, pinned) = home.fold((0, 0), |(vram, pinned), traveller| {
+                match self.memory.offset(traveller.page) {
+                    Some(_) => (vram + 1, pinned),
+                    None => (vram, pinned + 1),
+                }
+            });
+            space.statistics().unpins.add(pinned, Relaxed);
+            space.statistics().from_vram.add(vram, Relaxed);
+            // The first address: which of the run have come home is not told one by one.
+            let (gpu, context, va) = (space.gpu().number(), space.context(), run[0].mapped.va as u64);
+            if pinned > 0 {
+                trace::unpin(gpu, context, va, pinned as u64);
+            }
+            if vram > 0 {
+                trace::migrate_home(gpu, context, va, vram as u64);
+            }
+        }
+    }
+
+    /// Takes note that the pages from `index` on have got home.
+    fn arrive(&mut self, index: usize, count: usize) {
+        for traveller in self.find(index..index + count) {
+            traveller.home = true;
+        }
+    }
+
+    /// Those with indices in `range`. (They are sorted by index.)
+    fn find(&mut self, range: Range<usize>) -> &mut [Traveller] {
+        let first = self
+            .travellers
+            .partition_point(|traveller| traveller.index < range.start);
+        let end = self
+            .travellers
+            .partition_point(|traveller| traveller.index < range.end);
+        &mut self.travellers[first..end]
+    }
+
+    /// Puts those back into the table that stay where they were.
+    fn put_back(&mut self) {
+        for traveller in self.travellers.iter_mut().filter(|traveller| !traveller.home) {
+            let data = traveller.pinned.take().map_or(Data::Device, Data::Pinned);
+            self.memory.set(traveller.page, data, traveller.mapped);
+        }
+    }
+}
+
+impl Residency {
+    /// Pages of the address spaces in `contexts`.
+    pub(crate) fn new(contexts: Arc<Contexts>) -> impl PinInit<Self> {
+        pin_init!(Self {
+            contexts,
+            gpu <- new_spinlock!(None, "Residency::gpu"),
+        })
+    }
+
+    /// Says which device it is, or that there is none any more.
+    pub(crate) fn set_gpu(&self, gpu: Option<Arc<Gpu>>) {
+        let old = core::mem::replace(&mut *self.gpu.lock(), gpu);
+        // Not under the lock: it can be the last.
+        drop(old);
+    }
+
+    /// The device.
+    fn gpu(&self) -> Option<Arc<Gpu>> {
+        self.gpu.lock().clone()
+    }
+
+    /// Brings home what is unmapped, as far as it is wanted. Returns how many pages have come home.
+    ///
+    /// While this runs, the pages are counted as on their way, for whoever waits until none is left.
+    fn bring_home(
+        memory: &PrivateMemory<Self>,
+        mut unmapped: Unmapped<'_>,
+        which: Which,
+    ) -> Result<usize, Trouble> {
+        let gpu = memory.handler().gpu().ok_or(Trouble::Lost)?;
+        let zeros = which == Which::Remains && gpu.is_lost();
+        let mut journey = Journey::new(memory, unmapped.len(), which)?;
+        let mut trouble = Trouble::Busy;
+        for index in 0..unmapped.len() {
+            let Some(source) = unmapped.get(index) else {
+                continue;
+            };
+            let What::Device(page) = source.what else {
+                continue;
+            };
+            let result = match memory.get(page) {
+                Some((place, _)) if which.has(index, place) => match place {
+                    Place::Pinned(_) => journey.take(index, page),
+                    Place::Device(_) => journey.take_vram(&mut unmapped, source, page, zeros),
+                },
+                _ => continue,
+            };
+            if let Err(reason) = result {
+                trouble = reason;
+                break;
+            }
+        }
+        // First taken, then revoked: whoever is about to map a page elsewhere (after mremap) either has said
+        // so already, and is found here, or finds that it is gone. The pages are locked, so nobody else takes them.
+        journey.for_each_run(|space, range| space.revoke(range));
+        if let Err(error) = gpu.transfer(&journey.transfers) {
+            dev_dbg!(gpu.device(), "pages cannot be copied from VRAM: {:?}\n", error);
+            journey.put_back();
+            return Err(Trouble::Lost);
+        }
+        for traveller in &mut journey.travellers {
+            if let Some(pinned) = traveller.pinned.take() {
+                unmapped.give_back(traveller.index, pinned);
+            }
+        }
+        let moved = unmapped.advance(|index, outcome| match outcome {
+            migrate::Outcome::Home(order) => journey.arrive(index, 1 << order),
+            migrate::Outcome::Stayed(Some(pinned)) => {
+                if let [traveller] = journey.find(index..index + 1) {
+                    traveller.pinned = Some(pinned);
+                }
+            }
+            _ => {}
+        });
+        // Before anybody can free the pages.
+        journey.put_back();
+        moved.finish();
+        journey.count();
+        match journey
+            .travellers
+            .iter()
+            .filter(|traveller| traveller.home)
+            .count()
+        {
+            0 => Err(trouble),
+            count => Ok(count),
+        }
+    }
+
+    /// Brings home what is in `range` of the process with `mm`, which must not go beyond [`MAX_PAGES`] pages; returns how
+    /// many pages have. `whatever` is in the way is left where it is.
+    ///
+    /// With `wait`, waits for mmap_lock, so that no lock of another process must be held.
+    pub(crate) fn home(
+        memory: &PrivateMemory<Self>,
+        mm: &MmWithUser,
+        range: Range<usize>,
+        pinned: bool,
+        wait: bool,
+    ) -> Result<usize, Trouble> {
+        let which = if pinned { Which::All } else { Which::Vram };
+        let mut start = range.start;
+        let mut count = 0;
+        while start < range.end {
+            let mmap = if wait {
+                mm.mmap_read_lock()
+            } else {
+                mm.mmap_read_trylock().ok_or(Trouble::Busy)?
+            };
+            // Area by area. What is not mapped is not anywhere.
+            let Some(vma) = mmap.vma_lookup(start).filter(|vma| vma.start() <= start) else {
+                start += PAGE_SIZE;
+                continue;
+            };
+            let end = vma.end().min(range.end);
+            match migrate::setup_home(&mmap, start..end, memory.owner()) {
+                Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                    Ok(home) => count += home,
+                    Err(Trouble::Busy) => {}
+                    Err(other) => return Err(other),
+                },
+                Err(error) if error == ENOMEM => return Err(Trouble::NoMemory),
+                // Areas of a kind that nothing migrates from.
+                Err(_) => {}
+            }
+            start = end;
+        }
+        Ok(count)
+    }
+
+    /// Where the pages of `pages` are mapped: pages that follow each other as one.
+    fn runs(
+        memory: &PrivateMemory<Self>,
+        pages: impl Iterator<Item = DevicePage>,
+    ) -> Result<KVVec<(Mapped, usize)>> {
+        let mut runs: KVVec<(Mapped, usize)> = KVVec::new();
+        for page in pages {
+            let Some((_, mapped)) = memory.get(page) else {
+                continue;
+            };
+            match runs.last_mut() {
+                Some((first, count))
+                    if *count < MAX_PAGES
+                        && first.context == mapped.context
+                        && first.va + *count * PAGE_SIZE == mapped.va =>
+                {
+                    *count += 1;
+                }
+                _ => runs.push((mapped, 1), GFP_KERNEL)?,
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Sends the pages of `block` home, as far as their processes can reach them. Returns how many have gone.
+    fn evict(gpu: &Gpu, block: DeviceBlock) -> usize {
+        let memory = gpu.memory();
+        let Ok(runs) = Self::runs(memory, memory.pages_of(block)) else {
+            return 0;
+        };
+        let mut count = 0;
+        for (mapped, pages) in &runs {
+            let Some(space) = gpu.contexts().get(mapped.context) else {
+                continue;
+            };
+            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, false, false);
+            let gone = gone.unwrap_or(0);
+            space.statistics().evictions.add(gone as i64, Relaxed);
+            trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
+            count += gone;
+        }
+        count
+    }
+
+    /// Makes room for `pages` pages in VRAM, for a whole block if that many are wanted. Says whether there is room now, which
+    /// somebody else may take.
+    ///
+    /// Takes locks of other processes: none of any process may be held.
+    pub(crate) fn make_room(gpu: &Gpu, pages: usize) -> bool {
+        let memory = gpu.memory();
+        for _ in 0..MOST_EVICTIONS {
+            if memory.has_room(pages) {
+                return true;
+            }
+            let Some(block) = memory.coldest() else {
+                return false;
+            };
+            Self::evict(gpu, block);
+        }
+        memory.has_room(pages)
+    }
+
+    /// Brings home the pages of `space`, which the device does not access any more, as far as its process
     /// can reach them. The others (moved by mremap, inaccessible, or shared with a child that has outlived the
     /// process) belong to nobody from now on, and come home when a CPU touches them.
     pub(crate) fn release(gpu: &Gpu, space: &AddressSpace) {
         let memory = gpu.memory();
         let mine = |mapped: &Mapped| mapped.context == space.context();
+        let mut run = Mapped::NOWHERE.va..Mapped::NOWHERE.va;
         memory.for_each(mine, |page| {
-            if let Some((_, mapped)) = memory.get(page) {
-                space.recall(mapped.va);
+            let Some((_, mapped)) = memory.get(page) else {
+                return;
+            };
+            if run.end == mapped.va && run.len() < MAX_PAGES * PAGE_SIZE {
+                run.end += PAGE_SIZE;
+                return;
             }
+            let _ = space.home(run.clone(), true, true);
+            run = mapped.va..mapped.va + PAGE_SIZE;
         });
+        let _ = space.home(run, true, true);
         // After this nobody revokes a mapping of that context, whose number will be used again.
         // A page is on its way for as long as revoking it takes, which is bounded.
         while gpu.contexts().leaving(space.context()) > 0 {
             fsleep(PAUSE);
         }
         memory.for_each(mine, |page| {
-            if let Some((pfn, _)) = memory.get(page) {
-                memory.update(page, pfn, mine, Mapped::NOWHERE);
+            if let Some((place, _)) = memory.get(page) {
+                memory.update(page, place, mine, Mapped::NOWHERE);
             }
         });
     }
 
-    /// Brings home every pinned page. The device does not access memory any more, and nothing is being pinned.
-    /// There is no giving up: the struct pages that stand in for them are about to go away.
+    /// Brings home what is in VRAM, while the device can still copy it. Nothing gets there any more.
+    pub(crate) fn evacuate(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for _ in 0..ROUNDS {
+            for block in memory.blocks_in_use() {
+                Self::evict(gpu, block);
+                if memory.used_in(block) == 0 || gpu.is_lost() {
+                    continue;
+                }
+                // What its process cannot reach, and what somebody else has been using just now.
+                if let Ok(unmapped) = migrate::setup_device_pages(memory.pages_of(block)) {
+                    let _ = Self::bring_home(memory, unmapped, Which::Vram);
+                }
+            }
+            if memory.usage().used == 0 || gpu.is_lost() {
+                return;
+            }
+            fsleep(PAUSE);
+        }
+    }
+
+    /// Brings home every page. The device does not access memory any more, and nothing is being pinned.
+    /// There is no giving up: the struct pages that stand in for them are about to go away. If there still is something in
+    /// VRAM then it is lost, and zeros take its place.
     pub(crate) fn evict_all(gpu: &Gpu) {
         let memory = gpu.memory();
+        let usage = memory.usage();
+        if usage.used > 0 {
+            dev_err!(gpu.device(), "the data of {} pages in VRAM is lost\n", usage.used);
+        }
         memory.for_each(
             |_| true,
             |page| {
                 let mapped = memory.get(page).map(|(_, mapped)| mapped);
-                if let Some(space) = mapped.and_then(|mapped| gpu.contexts().get(mapped.context)) {
-                    space.recall(mapped.map_or(0, |mapped| mapped.va));
+                if let Some((space, mapped)) =
+                    mapped.and_then(|mapped| Some((gpu.contexts().get(mapped.context)?, mapped)))
+                {
+                    let _ = space.home(mapped.va..mapped.va + PAGE_SIZE, true, true);
                 }
             },
         );
@@ -126,13 +571,13 @@ impl Residency {
             }
             round = round.wrapping_add(1);
             if round % PATIENCE == 0 {
-                dev_warn!(gpu.device(), "waiting for {} pinned pages to come home\n", left);
+                dev_warn!(gpu.device(), "waiting for {} pages to come home\n", left);
             }
             fsleep(PAUSE);
         }
     }
 
-    /// Brings home every pinned page; returns how many are in use by others for the moment (a CPU fault, somebody
+    /// Brings home every page; returns how many are in use by others for the moment (a CPU fault, somebody
     /// who walks over them).
     fn evict_once(gpu: &Gpu) -> usize {
         let memory = gpu.memory();
@@ -140,8 +585,9 @@ impl Residency {
         memory.for_each(
             |_| true,
             |page| {
-                let home = migrate::setup_device_page(page)
-                    .is_ok_and(|unmapped| Self::bring_home(memory, page, unmapped).is_ok());
+                let folio = memory.following(page, 1 << page.order());
+                let home = migrate::setup_device_pages(folio)
+                    .is_ok_and(|unmapped| Self::bring_home(memory, unmapped, Which::Remains).is_ok());
                 left += usize::from(!home);
             },
         );
@@ -153,12 +599,18 @@ impl Handler for Residency {
     type PageData = Mapped;
 
     fn migrate_to_ram(memory: &PrivateMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
-        match migrate::setup_fault(fault) {
-            Ok(unmapped) => {
-                // A page that could not be given back is pinned as before; the CPU tries again.
-                let _ = Self::bring_home(memory, fault.page(), unmapped);
-                Outcome::Done
-            }
+        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
+        let (around, which) = match memory.get(fault.page()) {
+            Some((Place::Device(_), _)) => (AROUND, Which::Vram),
+            _ => (1, Which::Pinned(0)),
+        };
+        match migrate::setup_fault(fault, around) {
+            Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                // A page that could not be brought home is where it was; the CPU tries again.
+                Ok(_) | Err(Trouble::Busy) => Outcome::Done,
+                Err(Trouble::NoMemory) => Outcome::OutOfMemory,
+                Err(Trouble::Lost) => Outcome::Lost,
+            },
             Err(error) if error == EBUSY => Outcome::Done,
             Err(error) if error == ENOMEM => Outcome::OutOfMemory,
             Err(_) => Outcome::Lost,

@@ -110,6 +110,12 @@ impl Semaphore {
         }
     }
 
+    /// Takes one unit if there is one. May be called in atomic context.
+    pub(crate) fn try_down(&self) -> bool {
+        // SAFETY: `inner` was initialised by `new`.
+        unsafe { c::down_trylock(self.inner.get()) == 0 }
+    }
+
     /// Gives one unit back. May be called from interrupt handlers.
     pub(crate) fn up(&self) {
         // SAFETY: `inner` was initialised by `new`.
@@ -118,7 +124,7 @@ impl Semaphore {
 }
 
 /// The module's work queues, while a [`ModuleQueues`] exists.
-static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
+static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 3] = [const { AtomicPtr::new(ptr::null_mut()) }; 3];
 
 /// What a work queue of the module is for.
 #[derive(Clone, Copy)]
@@ -127,6 +133,8 @@ pub(crate) enum ModuleQueue {
     Faults = 0,
     /// The reset of a lost device, for which reclaim may be waiting.
     Loss = 1,
+    /// Work that was held back and can go to a device, and looking after what devices have.
+    Submissions = 2,
 }
 
 impl ModuleQueue {
@@ -162,7 +170,7 @@ impl ModuleQueues {
     /// Allocates them. To be called once, when the module is loaded.
     pub(crate) fn new() -> Result<Self> {
         let this = Self(());
-        for (reclaim, place) in [false, true].into_iter().zip(&QUEUES) {
+        for (reclaim, place) in [false, true, false].into_iter().zip(&QUEUES) {
             // SAFETY: No preconditions.
             let queue = unsafe { c::pinion_alloc_workqueue(reclaim) };
             if queue.is_null() {

@@ -24,7 +24,10 @@ use kernel::{
     error::to_result,
     new_spinlock_irq,
     prelude::*,
-    sync::{Arc, SpinLockIrq},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc, SpinLockIrq,
+    },
     time::Msecs,
     types::{ForeignOwnable, Opaque},
 };
@@ -302,8 +305,8 @@ pub(crate) struct Channel {
     /// # Invariants
     ///
     /// A slot that is `Sent`, `Abandoned` or `Posted` has been added to the queue with its number plus one
-    /// as token, and has not come back: the device may access its buffers. The buffers of a slot are never
-    /// reallocated.
+    /// as token, and has not come back: the device may access its buffers. The buffers of such a slot are
+    /// neither reallocated nor replaced.
     #[pin]
     inner: SpinLockIrq<Inner>,
     /// Counts the free slots.
@@ -311,6 +314,20 @@ pub(crate) struct Channel {
     free: Semaphore,
     /// One for each slot: it is `Done`.
     done: KVec<Pin<KBox<Completion>>>,
+    /// The counters.
+    pub(crate) counters: Counters,
+}
+
+/// What a channel has done.
+pub(crate) struct Counters {
+    /// Buffers that were given to the device.
+    pub(crate) sent: Atomic<i64>,
+    /// Those that have come back.
+    pub(crate) answered: Atomic<i64>,
+    /// How often the device was told.
+    pub(crate) kicks: Atomic<i64>,
+    /// How often there was no free slot in time.
+    pub(crate) full: Atomic<i64>,
 }
 
 impl Channel {
@@ -346,6 +363,12 @@ impl Channel {
                 inner <- new_spinlock_irq!(inner),
                 free <- Semaphore::new(count),
                 done,
+                counters: Counters {
+                    sent: Atomic::new(0),
+                    answered: Atomic::new(0),
+                    kicks: Atomic::new(0),
+                    full: Atomic::new(0),
+                },
             }),
             GFP_KERNEL,
         )
@@ -363,7 +386,15 @@ impl Channel {
     ///
     /// ETIMEDOUT, ENODEV after the channel was closed.
     fn send(&self, state: State, timeout: Msecs, write: impl FnOnce(&mut [u8]) -> usize) -> Result<usize> {
-        self.free.down(timeout)?;
+        if let Err(error) = self.free.down(timeout) {
+            self.counters.full.add(1, Relaxed);
+            return Err(error);
+        }
+        self.send_from(state, |output| write(output))
+    }
+
+    /// The same, with a unit of `free` that was taken. `write` may replace the buffer, which is the driver's here.
+    fn send_from(&self, state: State, write: impl FnOnce(&mut KVec<u8>) -> usize) -> Result<usize> {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         let free = inner
@@ -397,6 +428,7 @@ impl Channel {
             return Err(error);
         }
         slot.state = state;
+        self.counters.sent.add(1, Relaxed);
         Ok(index)
     }
 
@@ -410,20 +442,40 @@ impl Channel {
         Ok(Pending { channel: self, slot })
     }
 
-    /// Sends a request whose answer goes to `callback`.
-    pub(crate) fn post(
+    /// Sends a request that is in a buffer of its own, and whose answer goes to `callback`, if there is a free
+    /// slot; returns whether there was. The buffer is then freed when the answer has come. Calls `before` right before the
+    /// device can see it.
+    ///
+    /// # Errors
+    ///
+    /// ENODEV after the channel was closed.
+    pub(crate) fn try_post(
         &self,
         callback: Arc<dyn Answered>,
         tag: u64,
-        timeout: Msecs,
-        write: impl FnOnce(&mut [u8]) -> usize,
-    ) -> Result {
-        self.send(State::Posted(callback, tag), timeout, write)
-            .map(|_| ())
+        output: &mut KVec<u8>,
+        before: impl FnOnce(),
+    ) -> Result<bool> {
+        if !self.free.try_down() {
+            return if self.is_closed() { Err(ENODEV) } else { Ok(false) };
+        }
+        let length = output.len();
+        let sent = self.send_from(State::Posted(callback, tag), |slot| {
+            core::mem::swap(slot, output);
+            before();
+            length
+        });
+        sent.map(|_| true)
+    }
+
+    /// Whether the queue is gone.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.inner.lock().queue.is_none()
     }
 
     /// Tells the device of the requests that were sent since the last time.
     pub(crate) fn kick(&self) {
+        self.counters.kicks.add(1, Relaxed);
         let inner = self.inner.lock();
         if let Some(queue) = inner.queue {
             // SAFETY: The queue is valid as long as it is `Some`.
@@ -473,6 +525,7 @@ impl Channel {
 
     /// A slot has come back, with an answer or, after a reset, without.
     fn answer(&self, inner: &mut Inner, index: usize, length: Option<usize>) {
+        self.counters.answered.add(1, Relaxed);
         let slot = &mut inner.slots[index];
         match core::mem::replace(&mut slot.state, State::Free) {
             State::Sent => {
@@ -482,6 +535,8 @@ impl Channel {
             }
             State::Posted(callback, tag) => {
                 callback.answered(tag, length.map(|length| &slot.input[..length]));
+                // The device is done with it.
+                slot.output = KVec::new();
             }
             State::Abandoned => {}
             State::Free | State::Done(_) => {

@@ -2,17 +2,30 @@
 
 //! Device-private memory (`MEMORY_DEVICE_PRIVATE`).
 //!
-//! A device-private page stands in for a page of a process that a device has. The CPU cannot access it; when
+//! A device-private page takes the place of a page of a process that a device has. The CPU cannot access it; when
 //! it tries, it faults, and the driver brings the page home ([`Handler::migrate_to_ram`]).
 //!
-//! Each page here can hold a [`PinnedPage`]: the system page for which it stands in, and a `T` of the
-//! driver's. When the last mapping of the page goes (munmap, exit), it comes back here and drops that page.
+//! There are two kinds, in one pagemap, so that the kernel takes them for what they are: pages of one owner.
+//!
+//! - Pages of the device's own memory: the data is there, in as many bytes at the same place.
+//! - Stand-ins: the data is in a system page, which the driver has pinned where it is ([`PinnedPage`]).
+//!
+//! With either the driver keeps a `T`. When the last mapping of a page goes (munmap, exit), it comes back here;
+//! what a stand-in stood for is freed with it.
+//!
+//! ```text
+//!   allocate_*() -> NewDevicePage --(migrated to)--> set() -> get(), update(), ... -> take() -> (migrated home)
+//!                                                      ^------------- set() <-----------+  (not migrated after all)
+//! ```
+//!
+//! Folios have one page or 512. The kernel may split one at any time; nothing here depends on how pages are joined.
 //!
 //! Locking: the table's spinlock is a leaf, and taken from where pages are freed, in any context.
 //!
 //! C header: `include/linux/memremap.h`.
 
 use super::{
+    blocks::{Blocks, BLOCK_ORDER, BLOCK_PAGES},
     notifier::Owner,
     page::{Pfn, PinnedPage},
 };
@@ -45,7 +58,8 @@ pub(crate) trait Handler: Sized + Send + Sync + 'static {
     /// What the driver wants to know of each page.
     type PageData: Copy + Default + Send;
 
-    /// Brings home the page on which the CPU has faulted. mmap_lock is held and the page locked.
+    /// Brings home the page on which the CPU has faulted, and what else it sees fit. mmap_lock is held and the folio
+    /// locked.
     fn migrate_to_ram(memory: &PrivateMemory<Self>, fault: &FaultedPage<'_>) -> Outcome;
 }
 
@@ -53,7 +67,17 @@ pub(crate) trait Handler: Sized + Send + Sync + 'static {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DevicePage(Pfn);
 
+/// 2 MiB of the device's memory; just its name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DeviceBlock(usize);
+
 impl DevicePage {
+    /// Base-2 logarithm of the number of pages of the folio that the page is part of, at this moment.
+    pub(crate) fn order(self) -> u32 {
+        // SAFETY: There is a page of this number.
+        unsafe { c::pinion_page_order(self.0.page()) }
+    }
+
     /// The page with that number, if it is device-private.
     pub(crate) fn from_pfn(pfn: Pfn) -> Option<Self> {
         // SAFETY: There is a page of this number.
@@ -67,18 +91,26 @@ impl DevicePage {
     }
 }
 
-/// A device-private page that has just been allocated: locked, and nobody else knows it. Dropping it frees it.
-pub(crate) struct NewDevicePage(Pfn);
+/// A device-private folio that has just been allocated: locked, and nobody else knows it. Dropping it frees it.
+pub(crate) struct NewDevicePage {
+    first: Pfn,
+    order: u32,
+}
 
 impl NewDevicePage {
-    /// Its name, by which it can be found when it is in use.
+    /// The name of its first page, by which it can be found when it is in use.
     pub(crate) fn name(&self) -> DevicePage {
-        DevicePage(self.0)
+        DevicePage(self.first)
+    }
+
+    /// Base-2 logarithm of the number of its pages.
+    pub(crate) fn order(&self) -> u32 {
+        self.order
     }
 
     /// Gives up ownership of the reference and the lock.
     pub(super) fn into_raw(self) -> Pfn {
-        ManuallyDrop::new(self).0
+        ManuallyDrop::new(self).first
     }
 }
 
@@ -86,8 +118,8 @@ impl Drop for NewDevicePage {
     fn drop(&mut self) {
         // SAFETY: This owns the lock and one reference.
         unsafe {
-            c::pinion_unlock_page(self.0.page());
-            c::pinion_put_page(self.0.page());
+            c::pinion_unlock_page(self.first.page());
+            c::pinion_put_page(self.first.page());
         }
     }
 }
@@ -116,26 +148,74 @@ impl FaultedPage<'_> {
     pub(super) fn address(&self) -> usize {
         self.vmf.__bindgen_anon_1.address
     }
+
+    /// Whether the page is mapped as part of a folio of 512 as a whole.
+    pub(super) fn is_huge(&self) -> bool {
+        // Before it calls, the kernel looks up the page table entry, which a folio that is mapped whole has not.
+        self.vmf.pte.is_null() && self.page.order() == BLOCK_ORDER
+    }
+}
+
+/// Where the data of a device-private page is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    /// In the device's memory, this many bytes from its beginning.
+    Device(u64),
+    /// In this system page, which stays where it is.
+    Pinned(Pfn),
+}
+
+/// What takes the place of a page: an argument of [`PrivateMemory::set`].
+pub(crate) enum Data {
+    /// Its data is in the device's memory.
+    Device,
+    /// The page itself.
+    Pinned(PinnedPage),
+}
+
+impl Data {
+    fn place(&self, index: usize) -> Place {
+        match self {
+            Self::Device => Place::Device((index << kernel::page::PAGE_SHIFT) as u64),
+            Self::Pinned(page) => Place::Pinned(page.pfn()),
+        }
+    }
 }
 
 struct Entry<T> {
-    /// Whether the page is in use.
-    used: bool,
-    /// The system page for which the page stands in.
-    pinned: Option<PinnedPage>,
-    data: T,
-    /// Free pages are chained.
-    next_free: u32,
+    /// None if the page is free, new, or on its way home.
+    data: Option<Data>,
+    note: T,
 }
 
 struct Table<T> {
     entries: KVVec<Entry<T>>,
-    first_free: u32,
-    used: usize,
+    /// The pages of the device's memory.
+    device: Blocks,
+    /// The stand-ins, which come after them.
+    stand_ins: Blocks,
+    /// No page of the device's memory is to be allocated any more.
+    closed: bool,
 }
 
-/// End of the chain.
-const NONE: u32 = u32::MAX;
+impl<T> Table<T> {
+    /// The allocator that a page belongs to, and its index there.
+    fn allocator(&mut self, index: usize) -> (&mut Blocks, usize) {
+        match index.checked_sub(self.device.pages()) {
+            Some(index) => (&mut self.stand_ins, index),
+            None => (&mut self.device, index),
+        }
+    }
+}
+
+/// How much of the device's memory is in use.
+#[derive(Clone, Copy)]
+pub(crate) struct Usage {
+    /// Pages in use.
+    pub(crate) used: usize,
+    /// Pages.
+    pub(crate) total: usize,
+}
 
 /// A range of device-private memory.
 ///
@@ -151,6 +231,7 @@ pub(crate) struct PrivateMemory<H: Handler> {
     table: SpinLockIrq<Table<H::PageData>>,
     first: usize,
     count: usize,
+    #[pin]
     handler: H,
 }
 
@@ -164,32 +245,35 @@ impl<H: Handler> PrivateMemory<H> {
         folio_free: Some(Self::folio_free),
         migrate_to_ram: Some(Self::migrate_to_ram),
         memory_failure: None,
+        // What the kernel does without is all that has to be done: nothing here depends on how pages are joined.
         folio_split: None,
     };
 
-    /// Creates `count` device-private pages (rounded up to whole memory sections).
-    pub(crate) fn new(name: &'static CStr, count: usize, handler: H) -> Result<Arc<Self>> {
-        let size = (count << kernel::page::PAGE_SHIFT).next_multiple_of(SECTION);
+    /// Creates device-private pages: `device` for memory of the device's own, which is rounded down to whole blocks,
+    /// and at least `stand_ins` others.
+    pub(crate) fn new(
+        name: &'static CStr,
+        device: usize,
+        stand_ins: usize,
+        handler: impl PinInit<H>,
+    ) -> Result<Arc<Self>> {
+        let device = Blocks::new(device)?;
+        let size = ((device.pages() + stand_ins) << kernel::page::PAGE_SHIFT).next_multiple_of(SECTION);
         let count = size >> kernel::page::PAGE_SHIFT;
+        let stand_ins = Blocks::new(count - device.pages())?;
         let mut entries = KVVec::with_capacity(count, GFP_KERNEL)?;
-        for index in 0..count {
-            let next_free = if index + 1 == count {
-                NONE
-            } else {
-                index as u32 + 1
-            };
+        for _ in 0..count {
             let entry = Entry {
-                used: false,
-                pinned: None,
-                data: H::PageData::default(),
-                next_free,
+                data: None,
+                note: H::PageData::default(),
             };
             entries.push(entry, GFP_KERNEL)?;
         }
         let table = Table {
             entries,
-            first_free: 0,
-            used: 0,
+            device,
+            stand_ins,
+            closed: false,
         };
         // SAFETY: The name is a static string.
         let resource = unsafe { c::pinion_request_free_mem_region(size, name.as_char_ptr()) };
@@ -205,7 +289,7 @@ impl<H: Handler> PrivateMemory<H> {
                 table <- new_spinlock_irq!(table),
                 first: start >> kernel::page::PAGE_SHIFT,
                 count,
-                handler,
+                handler <- handler,
                 pgmap <- Opaque::try_ffi_init(|slot: *mut c::dev_pagemap| {
                     // SAFETY: `slot` is valid for writes and stays in place; all-zero is what C drivers start
                     // from. The pages can be used only once this has returned.
@@ -244,58 +328,149 @@ impl<H: Handler> PrivateMemory<H> {
         (index < self.count).then_some(index)
     }
 
-    /// Takes a free page.
+    /// Takes a free stand-in.
     ///
     /// # Errors
     ///
     /// ENOSPC.
-    pub(crate) fn allocate(&self) -> Result<NewDevicePage> {
+    pub(crate) fn allocate_stand_in(&self) -> Result<NewDevicePage> {
         let index = {
             let mut table = self.table.lock();
-            let index = table.first_free;
-            let entry = table.entries.get_mut(index as usize).ok_or(ENOSPC)?;
-            entry.used = true;
-            let next_free = entry.next_free;
-            table.first_free = next_free;
-            table.used += 1;
-            index as usize
+            let index = table.stand_ins.allocate_page().ok_or(ENOSPC)?;
+            index + table.device.pages()
         };
-        // SAFETY: `first + index` is one of our device-private pages, by the type invariant, and free. The
-        // initialisation gives it one reference and locks it.
+        Ok(self.initialise(index, 0))
+    }
+
+    /// Takes a free folio of the device's memory, of order 0 or [`BLOCK_ORDER`].
+    ///
+    /// # Errors
+    ///
+    /// ENOSPC.
+    pub(crate) fn allocate_device(&self, order: u32) -> Result<NewDevicePage> {
+        let index = {
+            let mut table = self.table.lock();
+            let index = match order {
+                _ if table.closed => None,
+                0 => table.device.allocate_page(),
+                BLOCK_ORDER => table.device.allocate_block(),
+                _ => None,
+            };
+            let index = index.ok_or(ENOSPC)?;
+            table.device.touch(index);
+            index
+        };
+        Ok(self.initialise(index, order))
+    }
+
+    /// `index` must have been allocated just now, with that order.
+    fn initialise(&self, index: usize, order: u32) -> NewDevicePage {
+        // SAFETY: `first + index` is one of our device-private pages, by the type invariant, and those that follow
+        // up to the order are too; they are free. The initialisation gives the folio one reference and locks it.
         unsafe {
-            let pfn = Pfn::new(self.first + index);
-            c::pinion_zone_device_page_init(pfn.page(), self.pgmap.get());
-            Ok(NewDevicePage(pfn))
+            let first = Pfn::new(self.first + index);
+            c::pinion_zone_device_page_init(first.page(), self.pgmap.get(), order);
+            NewDevicePage { first, order }
         }
     }
 
-    /// Has `page`, which must be in use and not yet stand in for another, stand in for `pinned`.
-    pub(crate) fn set(&self, page: DevicePage, pinned: PinnedPage, data: H::PageData) {
+    /// Where in the device's memory the data of a folio belongs; none for a stand-in.
+    pub(crate) fn offset(&self, page: DevicePage) -> Option<u64> {
+        let index = self.index(page)?;
+        let device = self.table.lock().device.pages();
+        (index < device).then_some((index << kernel::page::PAGE_SHIFT) as u64)
+    }
+
+    /// No folio of the device's memory can be allocated any more.
+    pub(crate) fn close_device(&self) {
+        self.table.lock().closed = true;
+    }
+
+    /// How much of the device's memory is in use.
+    pub(crate) fn usage(&self) -> Usage {
+        let table = self.table.lock();
+        Usage {
+            used: table.device.used(),
+            total: table.device.pages(),
+        }
+    }
+
+    /// Whether `pages` pages of the device's memory are free, as a block if that many are wanted.
+    pub(crate) fn has_room(&self, pages: usize) -> bool {
+        let table = self.table.lock();
+        if pages >= BLOCK_PAGES {
+            table.device.has_block()
+        } else {
+            table.device.pages() - table.device.used() >= pages
+        }
+    }
+
+    /// The block of the device's memory that has not been used for the longest time, among those that have pages in
+    /// use; from now on it counts as used.
+    pub(crate) fn coldest(&self) -> Option<DeviceBlock> {
+        let mut table = self.table.lock();
+        let block = table.device.coldest()?;
+        table.device.touch(block * BLOCK_PAGES);
+        Some(DeviceBlock(block))
+    }
+
+    /// The blocks of the device's memory that have pages in use.
+    pub(crate) fn blocks_in_use(&self) -> impl Iterator<Item = DeviceBlock> + '_ {
+        let count = self.table.lock().device.pages() / BLOCK_PAGES;
+        (0..count)
+            .filter(|block| self.table.lock().device.used_in(*block) > 0)
+            .map(DeviceBlock)
+    }
+
+    /// How many pages of `block` are in use.
+    pub(crate) fn used_in(&self, block: DeviceBlock) -> usize {
+        self.table.lock().device.used_in(block.0)
+    }
+
+    /// `count` pages from `page` on, as far as there are that many.
+    pub(crate) fn following(&self, page: DevicePage, count: usize) -> impl Iterator<Item = DevicePage> {
+        let first = page.pfn().number();
+        let end = (first + count).min(self.first + self.count);
+        // SAFETY: These are device-private pages, by the type invariant.
+        (first..end).map(|number| DevicePage(unsafe { Pfn::new(number) }))
+    }
+
+    /// The pages of `block`.
+    pub(crate) fn pages_of(&self, block: DeviceBlock) -> impl Iterator<Item = DevicePage> + '_ {
+        let first = self.first + block.0 * BLOCK_PAGES;
+        // SAFETY: These are device-private pages, by the type invariant.
+        (first..first + BLOCK_PAGES).map(|number| DevicePage(unsafe { Pfn::new(number) }))
+    }
+
+    /// Has `page`, which must be allocated and not have any data yet, take the place of a page.
+    pub(crate) fn set(&self, page: DevicePage, data: Data, note: H::PageData) {
         let index = self.index(page);
         let mut table = self.table.lock();
+        let device = table.device.pages();
         let entry = index.and_then(|index| table.entries.get_mut(index));
+        let fits = matches!(data, Data::Device) == index.is_some_and(|index| index < device);
         match entry {
-            Some(entry) if entry.used && entry.pinned.is_none() => {
-                entry.data = data;
-                entry.pinned = Some(pinned);
+            Some(entry) if fits && entry.data.is_none() => {
+                entry.note = note;
+                entry.data = Some(data);
             }
             _ => {
                 drop(table);
-                pr_err!("a page cannot stand in for another; its data is lost\n");
-                drop(pinned);
+                pr_err!("a device page cannot take the place of another; its data is lost\n");
+                drop(data);
             }
         }
     }
 
-    /// What `page` stands in for, and the driver's data.
-    pub(crate) fn get(&self, page: DevicePage) -> Option<(Pfn, H::PageData)> {
+    /// Where the data of `page` is, and the driver's note.
+    pub(crate) fn get(&self, page: DevicePage) -> Option<(Place, H::PageData)> {
         let index = self.index(page)?;
         let table = self.table.lock();
         let entry = &table.entries[index];
-        Some((entry.pinned.as_ref()?.pfn(), entry.data))
+        Some((entry.data.as_ref()?.place(index), entry.note))
     }
 
-    /// Replaces the driver's data of `page`, if it still stands in for `pinned` and its data is still right in
+    /// Replaces the driver's note of `page`, if its data is still at `place` and its note is still right in
     /// the eyes of `check`. Says whether it has.
     ///
     /// Together with [`Self::take`] this decides who comes first: a page can be mapped somewhere else, or be
@@ -303,31 +478,34 @@ impl<H: Handler> PrivateMemory<H> {
     pub(crate) fn update(
         &self,
         page: DevicePage,
-        pinned: Pfn,
+        place: Place,
         check: impl FnOnce(&H::PageData) -> bool,
-        data: H::PageData,
+        note: H::PageData,
     ) -> bool {
         let Some(index) = self.index(page) else {
             return false;
         };
         let mut table = self.table.lock();
         let entry = &mut table.entries[index];
-        let same = entry.pinned.as_ref().is_some_and(|entry| entry.pfn() == pinned) && check(&entry.data);
+        let same = entry.data.as_ref().is_some_and(|data| data.place(index) == place) && check(&entry.note);
         if same {
-            entry.data = data;
+            entry.note = note;
+            if index < table.device.pages() {
+                table.device.touch(index);
+            }
         }
         same
     }
 
-    /// Takes the page that `page` stands in for, in order to give it back, and the driver's data.
-    pub(crate) fn take(&self, page: DevicePage) -> Option<(PinnedPage, H::PageData)> {
+    /// Takes the data of `page`, in order to bring it home, and the driver's note.
+    pub(crate) fn take(&self, page: DevicePage) -> Option<(Data, H::PageData)> {
         let index = self.index(page)?;
         let mut table = self.table.lock();
         let entry = &mut table.entries[index];
-        Some((entry.pinned.take()?, entry.data))
+        Some((entry.data.take()?, entry.note))
     }
 
-    /// Calls `each` for the pages that stand in for another and whose data `select`s.
+    /// Calls `each` for the pages with data whose note `select`s.
     pub(crate) fn for_each(&self, select: impl Fn(&H::PageData) -> bool, mut each: impl FnMut(DevicePage)) {
         let mut next = 0;
         while let Some(index) = self.next_selected(next, &select) {
@@ -337,17 +515,17 @@ impl<H: Handler> PrivateMemory<H> {
         }
     }
 
-    /// The first page from `index` on that stands in for another and whose data `select`s.
+    /// The first page from `index` on that has data and whose note `select`s.
     fn next_selected(&self, mut index: usize, select: impl Fn(&H::PageData) -> bool) -> Option<usize> {
         /// Entries that are looked at with interrupts disabled.
         const STEP: usize = 512;
         while index < self.count {
             let table = self.table.lock();
-            if table.used == 0 {
+            if table.device.used() + table.stand_ins.used() == 0 {
                 return None;
             }
             let end = self.count.min(index + STEP);
-            let selected = |entry: &Entry<_>| entry.pinned.is_some() && select(&entry.data);
+            let selected = |entry: &Entry<_>| entry.data.is_some() && select(&entry.note);
             if let Some(found) = table.entries[index..end].iter().position(selected) {
                 return Some(index + found);
             }
@@ -369,27 +547,35 @@ impl<H: Handler> PrivateMemory<H> {
     /// Called by the kernel with a folio of this memory whose last reference is gone. Any context.
     unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
         // SAFETY: The folio is one of ours; memunmap_pages() in `drop` waits until all are free.
-        let (this, pfn) = unsafe {
+        let (this, pfn, order) = unsafe {
             let page = c::pinion_folio_page(folio);
             (
                 Self::from_pgmap(c::pinion_device_private_pagemap(page)),
                 Pfn::of(page),
+                c::pinion_page_order(page),
             )
         };
         let Some(index) = this.index(DevicePage(pfn)) else {
             return;
         };
+        let count = 1 << order;
+        // One at a time: what is dropped must not be dropped under the lock.
+        for index in index..index + count {
+            let data = {
+                let mut table = this.table.lock();
+                let entry = &mut table.entries[index];
+                entry.note = H::PageData::default();
+                entry.data.take()
+            };
+            drop(data);
+        }
         let mut table = this.table.lock();
-        let first_free = table.first_free;
-        let entry = &mut table.entries[index];
-        entry.used = false;
-        entry.next_free = first_free;
-        entry.data = H::PageData::default();
-        let pinned = entry.pinned.take();
-        table.first_free = index as u32;
-        table.used -= 1;
+        let (allocator, index) = table.allocator(index);
+        let right = allocator.free(index, count);
         drop(table);
-        drop(pinned);
+        if !right {
+            pr_err!("a device page was freed that was not in use\n");
+        }
     }
 
     /// # Safety

@@ -6,10 +6,14 @@
 //!   was read from the CPU's page table is known to be still true;
 //! - [`range`]: reading (and faulting in) a range of the CPU's page table;
 //! - [`migrate`]: moving or pinning pages;
-//! - [`memory`]: device-private memory, the struct pages that stand in for pages which the device has.
+//! - [`exclusive`]: pages that a device has to itself while they stay where they are;
+//! - [`memory`]: device-private memory, the struct pages that take the place of pages which the device has, and
+//!   [`blocks`], by which they are allocated.
 //!
 //! Kernel documentation: `Documentation/mm/hmm.rst`.
 
+pub(crate) mod blocks;
+pub(crate) mod exclusive;
 pub(crate) mod memory;
 pub(crate) mod migrate;
 pub(crate) mod notifier;

@@ -10,6 +10,7 @@
 //! ```text
 //!   begin() -> Sequence --(read the CPU's page table)--> Sequence::commit() -> guard, or Stale: start again
 //!   revoke() -> guard                                    (to take away, which needs no reading)
+//!   revoke_within(sequence) -> guard                     (the same, as part of what the sequence is for)
 //! ```
 //!
 //! The callback gets the state under the same lock. So an entry can be put into the mirror only by someone
@@ -40,9 +41,14 @@ impl Event<'_> {
         self.0.start..self.0.end
     }
 
-    /// A migration that was started on behalf of `owner`: `pgmap_owner` of its `migrate_vma`.
-    pub(crate) fn is_migration_by(&self, owner: Owner) -> bool {
-        self.0.event == c::mmu_notifier_event_MMU_NOTIFY_MIGRATE && self.0.owner == owner.0
+    /// A migration that was started on behalf of `owner` (`pgmap_owner` of its `migrate_vma`), or a page that is being made
+    /// exclusive to it.
+    pub(crate) fn is_by(&self, owner: Owner) -> bool {
+        let ours = [
+            c::mmu_notifier_event_MMU_NOTIFY_MIGRATE,
+            c::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE,
+        ];
+        ours.contains(&self.0.event) && self.0.owner == owner.0
     }
 }
 
@@ -126,6 +132,12 @@ impl<'a, M: Mirror> Sequence<'a, M> {
         (self.notifier.inner.get(), self.kernel)
     }
 
+    /// Begins anew with a number of the kernel's, which must be that of a `mmu_interval_read_begin()` for this notifier
+    /// after this sequence began. Revocations count from the first beginning on.
+    pub(super) fn begin_again(&mut self, kernel: usize) {
+        self.kernel = kernel;
+    }
+
     /// Whether `mm` is the address space that this reads.
     pub(super) fn is_for(&self, mm: &Mm) -> bool {
         // SAFETY: `inner` is initialised; its mm does not change.
@@ -207,6 +219,16 @@ impl<M: Mirror> IntervalNotifier<M> {
     /// yet will find that stale.
     pub(crate) fn revoke(&self) -> Guard<'_, M> {
         let mut guard = self.state.lock();
+        guard.revocations += 1;
+        Guard(guard)
+    }
+
+    /// As [`Self::revoke`], except that `sequence`, on whose behalf this is, does not get stale by it.
+    pub(crate) fn revoke_within(&self, sequence: &mut Sequence<'_, M>) -> Guard<'_, M> {
+        let mut guard = self.state.lock();
+        if core::ptr::eq(sequence.notifier, self) && guard.revocations == sequence.revocations {
+            sequence.revocations += 1;
+        }
         guard.revocations += 1;
         Guard(guard)
     }

@@ -5,6 +5,12 @@
 use crate::bindings as c;
 use kernel::bindings;
 
+/// How many pages the system has.
+pub(crate) fn system_pages() -> usize {
+    // SAFETY: No preconditions.
+    unsafe { c::pinion_totalram_pages() }
+}
+
 /// The number of a page frame for which there is a `struct page`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Pfn(usize);
@@ -48,6 +54,78 @@ impl Pfn {
     /// The physical address of its first byte.
     pub(crate) fn address(self) -> u64 {
         (self.0 as u64) << kernel::page::PAGE_SHIFT
+    }
+}
+
+/// A system folio that has just been allocated for a page to migrate to: locked, and nobody else knows it. Dropping it
+/// frees it.
+///
+/// # Invariants
+///
+/// This owns the one reference to the folio, and its lock.
+pub(crate) struct NewSystemPage {
+    first: Pfn,
+    order: u32,
+}
+
+impl NewSystemPage {
+    /// Allocates one for `address` in the area, as a CPU fault there would; of order 0 this tries hard.
+    ///
+    /// # Safety
+    ///
+    /// `vma` must be valid.
+    pub(super) unsafe fn new(vma: *mut bindings::vm_area_struct, address: usize, order: u32) -> Option<Self> {
+        // SAFETY: By the contract.
+        let page = unsafe { c::pinion_alloc_vma_page(vma, address, order) };
+        // INVARIANT: The helper has locked it.
+        (!page.is_null()).then(|| Self {
+            // SAFETY: It is a page.
+            first: unsafe { Pfn::of(page) },
+            order,
+        })
+    }
+
+    /// Allocates a page for whatever comes.
+    pub(super) fn anywhere() -> Option<Self> {
+        // SAFETY: No preconditions.
+        let page = unsafe { c::pinion_alloc_page() };
+        // INVARIANT: The helper has locked it.
+        (!page.is_null()).then(|| Self {
+            // SAFETY: It is a page.
+            first: unsafe { Pfn::of(page) },
+            order: 0,
+        })
+    }
+
+    /// Its first page.
+    pub(crate) fn pfn(&self) -> Pfn {
+        self.first
+    }
+
+    /// Base-2 logarithm of the number of its pages.
+    pub(crate) fn order(&self) -> u32 {
+        self.order
+    }
+
+    /// Fills it with zeros.
+    pub(crate) fn clear(&mut self) {
+        // SAFETY: It is this one's own.
+        unsafe { c::pinion_clear_pages(self.first.page(), self.order) };
+    }
+
+    /// Gives up ownership of the reference and the lock.
+    pub(super) fn into_raw(self) -> Pfn {
+        core::mem::ManuallyDrop::new(self).first
+    }
+}
+
+impl Drop for NewSystemPage {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant.
+        unsafe {
+            c::pinion_unlock_page(self.first.page());
+            c::pinion_put_page(self.first.page());
+        }
     }
 }
 

@@ -117,7 +117,8 @@ ensure_device() {
 
 target_dir() { echo "${CARGO_TARGET_DIR:-$REPO/target}"; }
 
-# ensure_programs: builds the guest programs, sets PROGRAMS to their paths. Static, as the guest has no libraries.
+# ensure_programs: builds the guest programs and the client's examples, sets PROGRAMS to their paths. Static, as the guest has
+# no libraries.
 ensure_programs() {
     local target=x86_64-unknown-linux-gnu dir source name
     dir=$(target_dir)/guest
@@ -128,7 +129,36 @@ ensure_programs() {
         name=$(basename "$name" .rs)
         PROGRAMS+=("$dir/$target/release/$name")
     done
-    ((${#PROGRAMS[@]})) || return 0
+    for source in "$REPO"/guest-driver/client/examples/*.rs; do
+        PROGRAMS+=("$dir/$target/release/examples/$(basename "$source" .rs)")
+    done
     CARGO_TARGET_DIR=$dir RUSTFLAGS="-C target-feature=+crt-static -C strip=debuginfo" \
-        cargo_build "building the guest programs" -p pinion-tests --bins --target "$target"
+        cargo_build "building the guest programs" -p pinion-tests --bins -p pinion-client --examples --target "$target"
+}
+
+# ensure_c_programs: builds the examples in C, adds their paths to PROGRAMS. Needs TOOLCHAIN.
+ensure_c_programs() {
+    local header=guest-driver/uapi/pinion.h source
+    local -a sources=("$REPO"/guest-driver/client/examples/*.c)
+    cache_entry c-programs "$( (basename "$TOOLCHAIN"; cat "$REPO/$header" "${sources[@]}"; declare -f make_c_programs) | hash)" 10 \
+        "building the examples in C" make_c_programs "${sources[@]}"
+    for source in "${sources[@]}"; do
+        PROGRAMS+=("$ENTRY/$(basename "$source" .c)")
+    done
+}
+
+# make_c_programs SOURCE… DIR: those whose name ends with 32 are for 32 bits, for which there is no C library.
+make_c_programs() {
+    local new=${*: -1} source name
+    namespace_flags
+    for source in "${@:1:$#-1}"; do
+        name=$(basename "$source" .c)
+        local flags=()
+        if [[ $name == *32 ]]; then
+            flags=(-m32 -ffreestanding -nostdlib -fno-pie -no-pie -isystem /usr/include/x86_64-linux-gnu)
+        fi
+        in_toolchain -r "$REPO:/pinion/repo" -b "$new:/pinion/out" \
+            gcc -O2 -Wall -Wextra -Werror -static "${flags[@]}" -I /pinion/repo/guest-driver/uapi \
+            -o "/pinion/out/$name" "/pinion/repo/guest-driver/client/examples/$name.c"
+    done
 }

@@ -3,6 +3,9 @@
 //! What the guest programs share. `src/bin` has the programs, which run in a guest as root; `tests/` has the
 //! harness, which runs on the host and boots guests for them.
 
+use std::path::Path;
+use std::time::Duration;
+
 pub mod mapping;
 pub mod pagemap;
 pub mod process;
@@ -25,4 +28,12 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+/// A time within which something must have happened, made longer on a kernel that checks every lock and every access, and is slow
+/// for it.
+#[must_use]
+pub fn patiently(limit: Duration) -> Duration {
+    let checks = Path::new("/proc/lockdep_stats").exists();
+    limit * if checks { 8 } else { 1 }
 }

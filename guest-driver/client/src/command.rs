@@ -6,6 +6,9 @@ use crate::uapi;
 
 mod sealed {
     pub trait Sealed: Copy {
+        /// All bits of the type.
+        const ONES: u64;
+
         fn bits(self) -> u64;
     }
 }
@@ -19,6 +22,8 @@ pub trait AtomicWord: Word {}
 macro_rules! words {
     ($($type:ty as $unsigned:ty: $($trait:ident)*;)*) => { $(
         impl sealed::Sealed for $type {
+            const ONES: u64 = <$unsigned>::MAX as u64;
+
             fn bits(self) -> u64 {
                 u64::from(self as $unsigned)
             }
@@ -60,6 +65,28 @@ pub enum Operation {
     MaxSigned = uapi::ATOMIC_MAX_SIGNED,
     /// `operand`.
     Exchange = uapi::ATOMIC_EXCHANGE,
+    /// `*p`: a load, which needs no exclusive access. Of use with [`Command::write_back`].
+    Load = uapi::ATOMIC_LOAD,
+    /// `operand`, without looking what is there: a store, which needs no exclusive access.
+    Store = uapi::ATOMIC_STORE,
+}
+
+/// How a number must be, compared with another, as unsigned numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Compare {
+    /// The same.
+    Equal = uapi::COMPARE_EQUAL,
+    /// Another.
+    NotEqual = uapi::COMPARE_NOT_EQUAL,
+    /// Less.
+    Less = uapi::COMPARE_LESS,
+    /// Less, or the same.
+    LessOrEqual = uapi::COMPARE_LESS_EQUAL,
+    /// More.
+    Greater = uapi::COMPARE_GREATER,
+    /// More, or the same.
+    GreaterOrEqual = uapi::COMPARE_GREATER_EQUAL,
 }
 
 /// A command for the GPU.
@@ -137,6 +164,71 @@ impl Command {
         command
     }
 
+    /// Waits until the number at `*target` compares to `number` as wanted. The ring waits with all that is behind; the
+    /// device ends work that waits for too long.
+    pub fn semaphore_wait<T: AtomicWord>(target: *const T, compare: Compare, number: T) -> Self {
+        Self(uapi::Command {
+            opcode: uapi::COMMAND_SEMAPHORE_WAIT,
+            operation: compare as u8,
+            width: size_of::<T>() as u8,
+            address: target.addr() as u64,
+            operand: number.bits(),
+            compare: T::ONES,
+            ..Default::default()
+        })
+    }
+
+    /// Stores `number` at `*target` when all that the ring did before is visible.
+    pub fn semaphore_signal<T: AtomicWord>(target: *mut T, number: T) -> Self {
+        Self(uapi::Command {
+            opcode: uapi::COMMAND_SEMAPHORE_SIGNAL,
+            width: size_of::<T>() as u8,
+            address: target.addr() as u64,
+            operand: number.bits(),
+            ..Default::default()
+        })
+    }
+
+    /// Stores the device time, in nanoseconds since some moment, at `*destination`.
+    pub fn timestamp(destination: *mut u64) -> Self {
+        Self(uapi::Command {
+            opcode: uapi::COMMAND_TIMESTAMP,
+            address: destination.addr() as u64,
+            ..Default::default()
+        })
+    }
+
+    /// Has the driver make `length` bytes ready to be read. A hint, which never fails and waits for nothing.
+    pub fn prefetch(start: *const u8, length: usize) -> Self {
+        Self(uapi::Command {
+            opcode: uapi::COMMAND_PREFETCH,
+            operation: uapi::ACCESS_READ,
+            address: start.addr() as u64,
+            length: length as u64,
+            ..Default::default()
+        })
+    }
+
+    /// Follows a linked list from `*first`, at most `nodes` nodes: adds the 8 bytes that are `value` bytes into each node, and
+    /// finds the next by the pointer that is `next` bytes into it.
+    pub fn chase<T>(
+        first: *const T,
+        nodes: u32,
+        next: usize,
+        value: usize,
+        result: *mut uapi::ChaseResult,
+    ) -> Self {
+        Self(uapi::Command {
+            opcode: uapi::COMMAND_CHASE,
+            repeat: nodes,
+            address: first.addr() as u64,
+            source: result.addr() as u64,
+            stride: u32::try_from(value).unwrap_or(u32::MAX),
+            span: u32::try_from(next).unwrap_or(u32::MAX),
+            ..Default::default()
+        })
+    }
+
     /// Does the atomic operation that often. Number `i`, from zero, is `(i % span) * stride` bytes from the
     /// target.
     pub fn repeat(mut self, times: u32) -> Self {
@@ -160,6 +252,13 @@ impl Command {
     /// Writes the value that the last repeat of the atomic operation found to `*destination`.
     pub fn write_back<T: AtomicWord>(mut self, destination: *mut T) -> Self {
         self.0.flags |= uapi::COMMAND_WRITE_BACK;
+        self.0.source = destination.addr() as u64;
+        self
+    }
+
+    /// Writes the values that all repeats of the atomic operation found to `destination`, one after the other.
+    pub fn write_back_all<T: AtomicWord>(mut self, destination: *mut T) -> Self {
+        self.0.flags |= uapi::COMMAND_WRITE_BACK | uapi::COMMAND_WRITE_BACK_ALL;
         self.0.source = destination.addr() as u64;
         self
     }

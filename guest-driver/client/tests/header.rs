@@ -22,24 +22,35 @@ fn expected() -> BTreeMap<String, u64> {
             );)*
         };
     }
-    structure!("pinion_info", uapi::Info, size flags version rings max_batch pin_method vram_size);
+    structure!("pinion_info", uapi::Info, size flags version rings max_batch pin_method vram_size max_submissions
+        max_commands atomics locations);
     structure!("pinion_command", uapi::Command, opcode operation width flags repeat address source length operand
         compare stride span reserved);
-    structure!("pinion_submit", uapi::Submit, size flags ring count commands sequence);
-    structure!("pinion_wait", uapi::Wait, size flags ring status sequence timeout_ns fault_address executed reserved
-        repeats);
+    structure!("pinion_chase_result", uapi::ChaseResult, pointer sum visited);
+    structure!("pinion_fence", uapi::Fence, kind id sequence);
+    structure!("pinion_submit", uapi::Submit, size flags ring count commands fences fence_count eventfd fence reserved
+        sequence);
+    structure!("pinion_wait_entry", uapi::WaitEntry, ring status sequence fault_address repeats executed reserved);
+    structure!("pinion_wait", uapi::Wait, size flags entries count ended timeout_ns);
     structure!("pinion_advise", uapi::Advise, size flags address length advice value);
+    structure!("pinion_prefetch", uapi::Prefetch, size flags address length location reserved);
+    structure!("pinion_discard", uapi::Discard, size flags address length);
     structure!("pinion_query", uapi::Query, size flags address count pages);
-    structure!("pinion_page", uapi::Page, state rights pfn);
+    structure!("pinion_page", uapi::Page, state rights page_size reserved pfn);
     macro_rules! numbers {
         ($($name:ident)*) => { $(values.insert(format!("PINION_{}", stringify!($name)), u64::from(uapi::$name));)* };
     }
-    numbers!(IOCTL_BASE PIN_METHOD_MIGRATE_PFN PIN_METHOD_TAKEOVER COMMAND_NOP COMMAND_COPY COMMAND_FILL COMMAND_ATOMIC
-        COMMAND_WRITE_BACK ATOMIC_ADD ATOMIC_AND ATOMIC_OR ATOMIC_XOR ATOMIC_MIN_UNSIGNED ATOMIC_MAX_UNSIGNED
-        ATOMIC_MIN_SIGNED ATOMIC_MAX_SIGNED ATOMIC_EXCHANGE ATOMIC_COMPARE_EXCHANGE STATUS_OK STATUS_INVALID
-        STATUS_UNSUPPORTED STATUS_BAD_ADDRESS STATUS_BUS_ERROR STATUS_CONTEXT_ERROR STATUS_FAULT STATUS_DEVICE_LOST STATUS_NOT_EXCLUSIVE STATUS_NO_MEMORY
-        ADVISE_ATOMICS ATOMICS_PIN ATOMICS_UNPROTECTED PAGE_CPU PAGE_MIRRORED PAGE_PINNED RIGHT_READ RIGHT_WRITE
-        RIGHT_ATOMIC);
+    numbers!(IOCTL_BASE VERSION PIN_METHOD_MIGRATE_PFN PIN_METHOD_TAKEOVER COMMAND_NOP COMMAND_COPY COMMAND_FILL COMMAND_ATOMIC
+        COMMAND_SEMAPHORE_WAIT COMMAND_SEMAPHORE_SIGNAL COMMAND_TIMESTAMP COMMAND_PREFETCH COMMAND_CHASE
+        COMMAND_WRITE_BACK COMMAND_WRITE_BACK_ALL ATOMIC_ADD ATOMIC_AND ATOMIC_OR ATOMIC_XOR ATOMIC_MIN_UNSIGNED
+        ATOMIC_MAX_UNSIGNED ATOMIC_MIN_SIGNED ATOMIC_MAX_SIGNED ATOMIC_EXCHANGE ATOMIC_COMPARE_EXCHANGE ATOMIC_LOAD
+        ATOMIC_STORE COMPARE_EQUAL COMPARE_NOT_EQUAL COMPARE_LESS COMPARE_LESS_EQUAL COMPARE_GREATER
+        COMPARE_GREATER_EQUAL ACCESS_READ ACCESS_WRITE ACCESS_ATOMIC FENCE_SEQUENCE FENCE_DESCRIPTOR SUBMIT_EVENTFD
+        SUBMIT_FENCE MAX_FENCES WAIT_ANY WAIT_ABSOLUTE STATUS_OK STATUS_INVALID STATUS_UNSUPPORTED STATUS_BAD_ADDRESS
+        STATUS_BUS_ERROR STATUS_CONTEXT_ERROR STATUS_FAULT STATUS_RESET STATUS_HUNG STATUS_DEVICE_LOST
+        STATUS_NOT_EXCLUSIVE STATUS_NO_MEMORY STATUS_PENDING ADVISE_ATOMICS ADVISE_LOCATION ATOMICS_AUTO ATOMICS_PIN
+        ATOMICS_EXCLUSIVE ATOMICS_MIGRATE ATOMICS_UNPROTECTED LOCATION_NONE LOCATION_SYSTEM LOCATION_VRAM PAGE_CPU
+        PAGE_MIRRORED PAGE_VRAM PAGE_PINNED PAGE_EXCLUSIVE RIGHT_READ RIGHT_WRITE RIGHT_ATOMIC);
     values.insert("PINION_QUERY_MAX".to_owned(), uapi::QUERY_MAX as u64);
     for (name, number) in [
         (uapi::Info::NAME, uapi::Info::NUMBER),
@@ -47,6 +58,8 @@ fn expected() -> BTreeMap<String, u64> {
         (uapi::Wait::NAME, uapi::Wait::NUMBER),
         (uapi::Advise::NAME, uapi::Advise::NUMBER),
         (uapi::Query::NAME, uapi::Query::NUMBER),
+        (uapi::Prefetch::NAME, uapi::Prefetch::NUMBER),
+        (uapi::Discard::NAME, uapi::Discard::NUMBER),
     ] {
         values.insert(name.to_owned(), u64::from(number));
     }
@@ -124,8 +137,11 @@ fn a_command_is_the_devices_command() {
     macro_rules! same_number {
         ($($name:ident)*) => { $(assert_eq!(uapi::$name, wire::$name, stringify!($name));)* };
     }
-    same_number!(COMMAND_NOP COMMAND_COPY COMMAND_FILL COMMAND_ATOMIC COMMAND_WRITE_BACK ATOMIC_ADD ATOMIC_AND ATOMIC_OR
-        ATOMIC_XOR ATOMIC_MIN_UNSIGNED ATOMIC_MAX_UNSIGNED ATOMIC_MIN_SIGNED ATOMIC_MAX_SIGNED ATOMIC_EXCHANGE
-        ATOMIC_COMPARE_EXCHANGE STATUS_OK STATUS_INVALID STATUS_UNSUPPORTED STATUS_BAD_ADDRESS STATUS_BUS_ERROR
-        STATUS_CONTEXT_ERROR);
+    same_number!(COMMAND_NOP COMMAND_COPY COMMAND_FILL COMMAND_ATOMIC COMMAND_SEMAPHORE_WAIT COMMAND_SEMAPHORE_SIGNAL
+        COMMAND_TIMESTAMP COMMAND_PREFETCH COMMAND_CHASE COMMAND_WRITE_BACK COMMAND_WRITE_BACK_ALL ATOMIC_ADD ATOMIC_AND
+        ATOMIC_OR ATOMIC_XOR ATOMIC_MIN_UNSIGNED ATOMIC_MAX_UNSIGNED ATOMIC_MIN_SIGNED ATOMIC_MAX_SIGNED ATOMIC_EXCHANGE
+        ATOMIC_COMPARE_EXCHANGE ATOMIC_LOAD ATOMIC_STORE COMPARE_EQUAL COMPARE_NOT_EQUAL COMPARE_LESS
+        COMPARE_LESS_EQUAL COMPARE_GREATER COMPARE_GREATER_EQUAL ACCESS_READ ACCESS_WRITE ACCESS_ATOMIC STATUS_OK
+        STATUS_INVALID STATUS_UNSUPPORTED STATUS_BAD_ADDRESS STATUS_BUS_ERROR STATUS_CONTEXT_ERROR STATUS_RESET
+        STATUS_HUNG);
 }

@@ -7,11 +7,13 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pinion_client::{Command, Gpu, PageState, Status};
+use pinion_client::{Command, Gpu, PageState, Status, Submit};
 use pinion_tests::{DEVICE, Failure, Mapping};
 
 /// Longest time that anything may take when there is no device.
-const BOUND: Duration = Duration::from_secs(30);
+fn bound() -> Duration {
+    pinion_tests::patiently(Duration::from_secs(30))
+}
 
 fn run() -> Result<(), Failure> {
     let gpu = Gpu::open(DEVICE)?;
@@ -24,12 +26,17 @@ fn run() -> Result<(), Failure> {
         .stride(4096);
     // SAFETY: The mapping is accessed through atomics, and is there until the end.
     let work = unsafe { gpu.submit(0, &[command]) }?;
-    if !gpu.wait(work, BOUND)?.is_ok() {
+    if !gpu.wait(work, bound())?.is_ok() {
         return Err("the GPU has not done what it should do before it is killed".into());
     }
     let command = Command::atomic_add(busy.as_ptr().cast::<u64>(), 1).repeat(u32::MAX);
     // SAFETY: As above.
-    let work = unsafe { gpu.submit(0, &[command]) }?;
+    let submitted = unsafe { Submit::new(0).fence().send(&gpu, &[command]) }?;
+    let (work, fence) = (submitted.work, submitted.fence.ok_or("no fence")?);
+    // What the driver holds back, as it waits for what the device is at.
+    let held = Submit::new(gpu.info()?.rings - 1).after(work);
+    // SAFETY: The command does nothing.
+    let held = unsafe { held.send(&gpu, &[Command::nop()]) }?.work;
     if gpu
         .query(pinned.as_ptr(), pinned.len())?
         .iter()
@@ -41,11 +48,31 @@ fn run() -> Result<(), Failure> {
     println!("ready");
     std::io::stdout().flush()?;
     // There is no telling when the device is killed, only that it is soon: the wait is for that, too.
+    // It waits without asking the driver for anything, which has to find out by itself.
     let started = Instant::now();
-    let completion = gpu.wait(work, BOUND * 2)?;
-    println!("the wait ended after {:?}: {completion:?}", started.elapsed());
-    if completion.status != Status::DeviceLost || started.elapsed() > BOUND {
-        return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
+    if !fence.wait(bound() * 2)? {
+        return Err("the fence has not passed".into());
+    }
+    for work in [work, held] {
+        let completion = gpu.wait(work, bound() * 2)?;
+        println!("the wait ended after {:?}: {completion:?}", started.elapsed());
+        if completion.status != Status::DeviceLost || started.elapsed() > bound() {
+            return Err(format!("{completion:?} after {:?}", started.elapsed()).into());
+        }
+    }
+    // All three are told of, and then that there will be no more.
+    let mut ended = 0;
+    let error = loop {
+        match gpu.ended(bound()) {
+            Ok(count) => ended += count,
+            Err(error) => break error,
+        }
+        if started.elapsed() > bound() {
+            return Err("reading does not end".into());
+        }
+    };
+    if ended != 3 || error.errno() != Some(libc::ENODEV) {
+        return Err(format!("{ended} have ended, then {error}").into());
     }
 
     let started = Instant::now();
@@ -56,7 +83,7 @@ fn run() -> Result<(), Failure> {
         }
     }
     println!("the pinned pages came home after {:?}", started.elapsed());
-    if started.elapsed() > BOUND {
+    if started.elapsed() > bound() {
         return Err(format!("the pinned pages came home only after {:?}", started.elapsed()).into());
     }
 

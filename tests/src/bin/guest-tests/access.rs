@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pinion_client::{Command, Gpu, PageState, Status};
-use pinion_tests::{Failure, Mapping};
+use pinion_tests::{Failure, Mapping, patiently};
 
 use crate::support::{
-    PASSED, SOON, TestResult, add, ensure, ensure_eq, execute, execute_ok, expect_failure, fork, join, open,
-    page_with, pin, submit, tests, value,
+    PASSED, TestResult, add, ensure, ensure_eq, execute, execute_ok, expect_failure, fork, join, open,
+    page_with, pin, soon, submit, tests, value,
 };
 
 tests! {
@@ -197,9 +197,9 @@ fn a_fault_does_not_disturb_others() -> TestResult {
         submit(&bad, &[Command::fill(nowhere, 1, 1_u64)])?,
         submit(&good, &[add(&memory, 1).repeat(100_000)])?,
     ];
-    ensure_eq!(bad.wait(works[1], SOON)?.status, Status::Fault, "the bad one");
-    ensure_eq!(good.wait(works[0], SOON)?.status, Status::Ok, "the good one");
-    ensure_eq!(good.wait(works[2], SOON)?.status, Status::Ok, "the good one");
+    ensure_eq!(bad.wait(works[1], soon())?.status, Status::Fault, "the bad one");
+    ensure_eq!(good.wait(works[0], soon())?.status, Status::Ok, "the good one");
+    ensure_eq!(good.wait(works[2], soon())?.status, Status::Ok, "the good one");
     ensure_eq!(value(&memory), 200_000, "the number");
     PASSED
 }
@@ -354,7 +354,7 @@ fn an_atomic_operation_on_shared_memory_ends() -> TestResult {
     };
     ensure_eq!(value(&memory), expected, "the number after {completion:x?}");
     ensure!(
-        started.elapsed() < Duration::from_secs(5),
+        started.elapsed() < patiently(Duration::from_secs(5)),
         "only after {:?}",
         started.elapsed()
     );
@@ -429,8 +429,8 @@ fn two_files_of_a_process_share_its_memory() -> TestResult {
         submit(&first, &[add(&memory, 1).repeat(5000)])?,
         submit(&second, &[add(&memory, 1).repeat(5000)])?,
     ];
-    ensure_eq!(first.wait(works[0], SOON)?.status, Status::Ok, "the first");
-    ensure_eq!(second.wait(works[1], SOON)?.status, Status::Ok, "the second");
+    ensure_eq!(first.wait(works[0], soon())?.status, Status::Ok, "the first");
+    ensure_eq!(second.wait(works[1], soon())?.status, Status::Ok, "the second");
     ensure_eq!(value(&memory), 5 + 100 + 10_000, "the number");
     PASSED
 }

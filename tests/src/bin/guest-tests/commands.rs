@@ -187,7 +187,8 @@ macro_rules! model {
                 Operation::MaxUnsigned => found.max(operand),
                 Operation::MinSigned => (found as $signed).min(operand as $signed) as $unsigned,
                 Operation::MaxSigned => (found as $signed).max(operand as $signed) as $unsigned,
-                Operation::Exchange => operand,
+                Operation::Exchange | Operation::Store => operand,
+                Operation::Load => found,
             }
         }
     };

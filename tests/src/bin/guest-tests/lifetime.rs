@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt as _;
 use std::time::{Duration, Instant};
 
 use pinion_client::Command;
-use pinion_tests::{Failure, Mapping};
+use pinion_tests::{Failure, Mapping, patiently};
 
 use crate::support::{
     Outcome, PASSED, TestResult, add, ensure, ensure_eq, execute_ok, fork, join, long_work, meminfo, open,
@@ -72,7 +72,7 @@ fn closed_with_work_queued() -> TestResult {
         let started = Instant::now();
         drop(gpu);
         ensure!(
-            started.elapsed() < Duration::from_secs(5),
+            started.elapsed() < patiently(Duration::from_secs(5)),
             "closing has taken {:?}",
             started.elapsed()
         );
@@ -122,7 +122,7 @@ fn child_that(body: impl FnOnce() -> Result<(), Failure>) -> Result<pinion_tests
 fn kill(child: pinion_tests::process::Child) -> Result<(), Failure> {
     child.kill();
     ensure_eq!(
-        child.wait(Duration::from_secs(15))?,
+        child.wait(patiently(Duration::from_secs(15)))?,
         -libc::SIGKILL,
         "status of the child"
     );
@@ -199,7 +199,11 @@ fn exec_leaves_the_address_space_behind() -> TestResult {
             .exec();
         Err(error.into())
     })?;
-    ensure_eq!(child.wait(Duration::from_secs(15))?, 0, "status of the program");
+    ensure_eq!(
+        child.wait(patiently(Duration::from_secs(15)))?,
+        0,
+        "status of the program"
+    );
     PASSED
 }
 
@@ -262,7 +266,7 @@ fn the_module_stays_while_it_is_used_and_can_be_loaded_again() -> TestResult {
             "the device file is still there"
         );
         load(&module).map_err(|error| format!("loading it in round {round}: {error}"))?;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + patiently(Duration::from_secs(5));
         while !std::path::Path::new(pinion_tests::DEVICE).exists() {
             ensure!(Instant::now() < deadline, "the device file has not come back");
             std::thread::sleep(Duration::from_millis(10));

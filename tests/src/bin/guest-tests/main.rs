@@ -9,8 +9,12 @@ mod access;
 mod commands;
 mod interface;
 mod lifetime;
+mod observing;
 mod ownership;
+mod several;
+mod submitting;
 mod support;
+mod vram;
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -20,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Outcome, Test};
 
-/// Longest time that a test may take.
+/// Longest time that a test may take, where nothing slows it down.
 const LIMIT: Duration = Duration::from_secs(40);
 
 /// The exit status of a test that was skipped (as in the kernel's selftests).
@@ -32,17 +36,25 @@ const SELECTED: &str = "PINION_TEST";
 fn all() -> Vec<Test> {
     [
         interface::TESTS,
+        submitting::TESTS,
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        vram::TESTS,
         lifetime::TESTS,
+        observing::TESTS,
     ]
     .concat()
 }
 
+/// Those that run only when they are asked for.
+fn on_request() -> Vec<Test> {
+    [vram::FILLING, several::TESTS].concat()
+}
+
 /// Runs a test in this process.
 fn run_here(name: &str) -> ExitCode {
-    let Some((_, body)) = all().into_iter().find(|test| test.0 == name) else {
+    let Some((_, body)) = all().into_iter().chain(on_request()).find(|test| test.0 == name) else {
         eprintln!("there is no test '{name}'");
         return ExitCode::FAILURE;
     };
@@ -86,13 +98,14 @@ fn run_apart(name: &str) -> std::io::Result<End> {
     let (sender, receiver) = mpsc::channel();
     let pid = child.id();
     thread::spawn(move || sender.send(child.wait()));
-    let Ok(status) = receiver.recv_timeout(LIMIT) else {
+    let limit = pinion_tests::patiently(LIMIT);
+    let Ok(status) = receiver.recv_timeout(limit) else {
         if let Ok(wait) = std::fs::read_to_string(format!("/proc/{pid}/stack")) {
             println!("# {}", wait.trim().replace('\n', "\n# "));
         }
         // SAFETY: It has not been reaped, so the number is still its own.
         unsafe { libc::kill(pid as i32, libc::SIGKILL) };
-        return Ok(End::Failed(format!("it was not done after {LIMIT:?}")));
+        return Ok(End::Failed(format!("it was not done after {limit:?}")));
     };
     // Not for long: what a test has left behind may still have its output open.
     let _ = all_said.recv_timeout(Duration::from_millis(500));
@@ -125,12 +138,18 @@ fn main() -> ExitCode {
         for (name, _) in all() {
             println!("  {name}");
         }
+        println!("\nand, only when asked for:");
+        for (name, _) in on_request() {
+            println!("  {name}");
+        }
         return ExitCode::SUCCESS;
     }
-    let selected: Vec<_> = all()
-        .into_iter()
-        .filter(|(name, _)| arguments.is_empty() || arguments.iter().any(|text| name.contains(text.as_str())))
-        .collect();
+    let named = |(name, _): &Test| arguments.iter().any(|text| name.contains(text.as_str()));
+    let selected: Vec<_> = if arguments.is_empty() {
+        all()
+    } else {
+        all().into_iter().chain(on_request()).filter(named).collect()
+    };
     if selected.is_empty() {
         eprintln!("no test has any of these in its name: {}", arguments.join(" "));
         return ExitCode::FAILURE;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pinion_client::{Command, Completion, Gpu, Page, PageState, Status, Submission, uapi};
 use pinion_tests::process::Child;
-use pinion_tests::{DEVICE, Failure, Mapping};
+use pinion_tests::{DEVICE, Failure, Mapping, patiently};
 
 /// How a test ended that has not failed.
 pub(crate) enum Outcome {
@@ -56,7 +56,9 @@ macro_rules! ensure_eq {
 pub(crate) use {ensure, ensure_eq, tests};
 
 /// Time for work that takes none to speak of.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
+pub(crate) fn soon() -> Duration {
+    patiently(Duration::from_secs(10))
+}
 
 pub(crate) fn open() -> Result<Gpu, Failure> {
     Ok(Gpu::open(DEVICE)?)
@@ -76,7 +78,7 @@ pub(crate) fn submit(gpu: &Gpu, commands: &[Command]) -> Result<Submission, Fail
 
 /// Has commands executed, however they end.
 pub(crate) fn execute(gpu: &Gpu, commands: &[Command]) -> Result<Completion, Failure> {
-    Ok(gpu.wait(submit(gpu, commands)?, SOON)?)
+    Ok(gpu.wait(submit(gpu, commands)?, soon())?)
 }
 
 /// Has commands executed, which must succeed.
@@ -158,7 +160,7 @@ pub(crate) fn fork(body: impl FnOnce() -> Result<(), Failure>) -> Result<Child, 
 
 /// Waits for a child, which must succeed.
 pub(crate) fn join(child: Child) -> Result<(), Failure> {
-    let status = child.wait(Duration::from_secs(30))?;
+    let status = child.wait(patiently(Duration::from_secs(30)))?;
     ensure_eq!(status, 0, "status of the child");
     Ok(())
 }
