@@ -36,7 +36,7 @@ pub enum Sabotage {
     TellsFirst,
     /// The bell rings before it says for whom.
     RingsFirst,
-    /// A doorbell that finds the engine at work does not wake its thread.
+    /// Who attends to a ring and finds the engine at work does not wake its thread.
     RingsUnheard,
     /// Who leaves work to the engine's thread does not say so.
     LeavesSilently,

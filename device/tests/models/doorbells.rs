@@ -9,10 +9,15 @@ use super::check::{DEADLOCK, finds, holds};
 use super::rig::{ALL, CONTEXT, OK, Rig, VA, fill, increments};
 
 /// Everything that is submitted is done, whoever does it.
-fn busy(rig: &Rig) {
-    rig.map(CONTEXT, VA, ALL);
+fn busy(rig: &Rig, mapped: bool) {
+    if mapped {
+        rig.map(CONTEXT, VA, ALL);
+    }
     for (ring, sequence) in [(0, 1), (1, 2), (1, 3), (0, 4)] {
         rig.submit(ring, sequence, &[fill(VA, sequence, sequence)]);
+    }
+    if !mapped {
+        rig.repair(&[1, 2, 3, 4], |_| ALL, |_, _| ());
     }
     for sequence in 1..=4 {
         assert_eq!(rig.completion(sequence).status, OK);
@@ -22,9 +27,10 @@ fn busy(rig: &Rig) {
 
 #[test]
 fn no_doorbell_is_lost() {
-    let model = || busy(&Rig::new(2, 1));
+    let model = || busy(&Rig::new(2, 1), true);
     holds(model);
-    holds(|| busy(&Rig::new(2, 2)));
+    holds(|| busy(&Rig::new(2, 2), true));
+    holds(|| busy(&Rig::new(2, 1), false));
     finds(Sabotage::RingsUnheard, &[DEADLOCK], model);
     finds(Sabotage::LeavesSilently, &[DEADLOCK], model);
     finds(Sabotage::IgnoresIdle, &[DEADLOCK], model);
