@@ -45,7 +45,7 @@ use kernel::{
     rbtree::{RBTree, RBTreeNode},
     sync::{
         aref::ARef,
-        atomic::{Acquire, Atomic, Relaxed, Release},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
     time::{delay::fsleep, Delta},
@@ -134,6 +134,8 @@ pub(crate) struct AddressSpace {
     /// Held while faults are handled: these.
     #[pin]
     handling: Mutex<Batch>,
+    /// The device has ended the context: it accesses nothing of it any more.
+    ended: Atomic<bool>,
     /// Nothing is left to be done for closing.
     closed: Atomic<bool>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
@@ -201,6 +203,7 @@ impl AddressSpace {
                 faults <- new_spinlock!(faults, "AddressSpace::faults"),
                 work <- new_work!("AddressSpace::work"),
                 closing: Atomic::new(false),
+                ended: Atomic::new(false),
                 handling <- new_mutex!(batch, "AddressSpace::handling"),
                 closed: Atomic::new(false),
                 doomed: Atomic::new(0),
@@ -217,15 +220,18 @@ impl AddressSpace {
         // Ends the work, and with it whatever a ring is stalled on, even if a fault of ours takes its time. The
         // context stays known until the end, so that a CPU fault meanwhile revokes its mapping.
         self.gpu.destroy_context(self.context);
+        // Before the look whether somebody handles a fault, who looks at this afterwards.
+        self.ended.xchg(true, Full);
         self.submissions.close();
         self.finish_closing();
     }
 
-    /// Does what is left to be done for closing, once no fault is being handled. Whoever handles one when the file is
+    /// Does what is left to be done for closing, once the device has ended the context (until then its notifiers are needed)
+    /// and no fault is being handled. Whoever handles one when the file is
     /// closed does this afterwards: that can be held up for as long as somebody (userfaultfd) likes who waits in turn for the
     /// one who closes.
     fn finish_closing(&self) {
-        if !self.is_closing() {
+        if !self.ended.load(Acquire) {
             return;
         }
         let Some(handling) = self.handling.try_lock() else {
