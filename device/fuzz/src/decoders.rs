@@ -2,9 +2,12 @@
 
 //! Everything that turns bytes or text of others into something the device works with.
 
+use std::sync::Arc;
+
 use pinion_abi::{self as abi, VA_END};
+use pinion_device::control::Subject;
 use pinion_device::gpu::command::{Command, MAX_BATCH, Submission};
-use pinion_device::gpu::inject::Injection;
+use pinion_device::gpu::inject::{Injection, Injector};
 use pinion_device::gpu::request::{Invalidate, MAX_MAP_ENTRIES, Request};
 
 /// Requests of the control and of the invalidation queue.
@@ -82,4 +85,13 @@ pub fn injections(data: &[u8]) {
         Ok(injection) => assert!(injection.every > 0 && text.starts_with(injection.defect.name())),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
+}
+
+/// A line of the control socket, without its end, asked of a daemon that has no device.
+pub fn control(data: &[u8]) {
+    let subject = Subject::new(Arc::new(Injector::default()));
+    let answer = subject.answer(data);
+    assert_eq!(answer.last(), Some(&b'\n'));
+    assert_eq!(answer.iter().filter(|&&byte| byte == b'\n').count(), 1);
+    assert!(answer.len() < 64 << 10, "an answer of {} bytes", answer.len());
 }

@@ -32,7 +32,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "requests",
         run: decoders::requests,
@@ -50,6 +50,12 @@ pub const TARGETS: [Target; 5] = [
         run: decoders::injections,
         most: 64,
         tries: 100_000,
+    },
+    Target {
+        name: "control",
+        run: decoders::control,
+        most: 512,
+        tries: 50_000,
     },
     Target {
         name: "core",

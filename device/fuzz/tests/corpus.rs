@@ -78,6 +78,11 @@ fn injections() {
 }
 
 #[test]
+fn control() {
+    short_run("control");
+}
+
+#[test]
 fn core() {
     short_run("core");
 }

@@ -83,6 +83,11 @@ impl Subject {
         })
     }
 
+    /// Answers one line, which is without its end; the answer has one.
+    pub fn answer(&self, line: &[u8]) -> Vec<u8> {
+        protocol::answer(line, self)
+    }
+
     /// The deliberate defects.
     pub fn injector(&self) -> &Arc<Injector> {
         &self.injector
