@@ -6,9 +6,15 @@
 use std::path::Path;
 use std::time::Duration;
 
+pub mod check;
 pub mod mapping;
+pub mod matrix;
+pub mod module;
 pub mod pagemap;
 pub mod process;
+pub mod smaps;
+pub mod uring;
+pub mod work;
 
 pub use mapping::Mapping;
 

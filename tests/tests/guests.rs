@@ -12,6 +12,9 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+#[path = "guests/ownership.rs"]
+mod ownership;
+
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
 
@@ -339,6 +342,11 @@ fn device_loss(guest: Guest) {
     ended.must_succeed();
 }
 
+/// The ownership matrix.
+fn ownership_matrix(guest: Guest) {
+    ownership::matrix(guest.kernel);
+}
+
 macro_rules! on_each_kernel {
     ($($name:ident)*) => {
         mod pin {
@@ -350,7 +358,7 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times device_loss }
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times device_loss ownership_matrix }
 
 /// Whether it finds what is to be found, not how fast.
 ///
