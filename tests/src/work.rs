@@ -55,7 +55,6 @@ pub fn execute_ok(gpu: &Gpu, commands: &[Command]) -> Result<(), Failure> {
 }
 
 /// Adds to the number at the start of a page. Exclusive access is what it takes.
-#[must_use]
 pub fn add(memory: &Mapping, operand: u64) -> Command {
     Command::atomic_add(memory.as_ptr().cast::<u64>(), operand)
 }

@@ -287,11 +287,8 @@ fn core_dump(cell: &Cell<'_>) -> Result<Outcome, Failure> {
                 rlim_max: libc::RLIM_INFINITY,
             };
             // SAFETY: A valid limit.
-            ensure_eq!(
-                unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const all) },
-                0,
-                "setrlimit"
-            );
+            let set = unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const all) };
+            ensure_eq!(set, 0, "setrlimit");
             std::process::abort()
         },
         blow: |_| {},
