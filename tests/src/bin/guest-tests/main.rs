@@ -8,7 +8,9 @@
 mod access;
 mod commands;
 mod interface;
+mod kinds;
 mod lifetime;
+mod meanwhile;
 mod observing;
 mod ownership;
 mod several;
@@ -41,6 +43,8 @@ fn all() -> Vec<Test> {
         access::TESTS,
         ownership::TESTS,
         vram::TESTS,
+        kinds::TESTS,
+        meanwhile::TESTS,
         lifetime::TESTS,
         observing::TESTS,
     ]
