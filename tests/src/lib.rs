@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub mod mapping;
+pub mod measurement;
 pub mod pagemap;
 pub mod process;
 
