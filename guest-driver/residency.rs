@@ -23,7 +23,7 @@ use crate::{
     hmm::{
         memory::{Data, DeviceBlock, DeviceMemory, DevicePage, FaultedPage, Handler, Kind, Outcome, Place},
         migrate::{self, Source, Unmapped, What, MAX_PAGES},
-        page::PinnedPage,
+        page::{NewSystemPage, PinnedPage},
     },
     trace,
 };
@@ -110,6 +110,8 @@ pub(crate) enum Which {
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
     Remains,
+    /// Those in the aperture of a lost device. They do not come home: the CPU gets SIGBUS where they are.
+    Abandoned,
 }
 
 impl Which {
@@ -117,13 +119,16 @@ impl Which {
     fn includes(self, kind: Kind) -> bool {
         match self {
             Self::Only(this) => this == kind,
+            Self::Abandoned => kind == Kind::Coherent,
             Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
         }
     }
 
     fn has(self, index: usize, place: Place) -> bool {
         match (self, place) {
-            (Self::All | Self::Remains, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
+            (Self::Remains, _) => true,
+            (_, Place::Lost) | (Self::Abandoned, _) => false,
+            (Self::All, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
             (Self::Vram | Self::Only(_), Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
         }
@@ -135,9 +140,22 @@ struct Traveller {
     index: usize,
     page: DevicePage,
     mapped: Mapped,
-    /// What is given back. None: the data is in VRAM, and is copied.
+    /// What is given back. None: the data is in VRAM, and is copied, or is lost.
     pinned: Option<PinnedPage>,
+    /// Nobody needs what is in VRAM.
+    discarded: bool,
+    lost: bool,
     home: bool,
+}
+
+/// What goes home as one folio.
+struct Piece {
+    index: usize,
+    new: NewSystemPage,
+    /// Where in VRAM it is.
+    offset: u64,
+    /// Somebody needs what is there.
+    needed: bool,
 }
 
 /// Pages on their way home.
@@ -176,8 +194,9 @@ impl<'a> Journey<'a> {
         }
         self.travellers.reserve(1, GFP_KERNEL)?;
         let (data, mapped) = self.memory.take(page).ok_or(Trouble::Busy)?;
+        let (discarded, lost) = (matches!(data, Data::Discarded), matches!(data, Data::Lost));
         let pinned = match data {
-            Data::Device => None,
+            Data::Device | Data::Discarded | Data::Lost => None,
             Data::Pinned(pinned) => Some(pinned),
         };
         let traveller = Traveller {
@@ -185,6 +204,8 @@ impl<'a> Journey<'a> {
             page,
             mapped,
             pinned,
+            discarded,
+            lost,
             home: false,
         };
         self.travellers.push(traveller, GFP_KERNEL)?;
@@ -206,10 +227,11 @@ impl<'a> Journey<'a> {
         };
         let order = if large.is_some() { source.order } else { 0 };
         let mut large = large;
+        let mut piece: Option<Piece> = None;
         let pages = memory.following(page, 1 << source.order);
         for (index, page) in (source.index..).zip(pages) {
             let first_of_piece = order == 0 || index == source.index;
-            let new = if first_of_piece {
+            if first_of_piece {
                 let new = large.take().or_else(|| unmapped.allocate(index, 0));
                 // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
                 let Some(new) = new else {
@@ -218,28 +240,52 @@ impl<'a> Journey<'a> {
                     }
                     continue;
                 };
-                Some(new)
-            } else {
-                None
-            };
-            self.take(index, page)?;
-            if let Some(mut new) = new {
+                self.end_piece(unmapped, piece.take())?;
                 let offset = memory.offset(page).ok_or(Trouble::Busy)?;
-                if zeros {
-                    new.clear();
-                } else {
-                    let length = (PAGE_SIZE << order) as u64;
-                    self.transfers
-                        .copy(
-                            Location::vram(offset),
-                            Location::system(new.pfn().address()),
-                            length,
-                        )
-                        .map_err(|_| Trouble::NoMemory)?;
-                }
-                unmapped.send_home(index, new);
+                piece = Some(Piece {
+                    index,
+                    new,
+                    offset,
+                    needed: false,
+                });
+            }
+            self.take(index, page)?;
+            // Known from here on: whoever maps the page now does not find it in the table.
+            let discarded = self.travellers.last().is_some_and(|last| last.discarded);
+            if let Some(piece) = &mut piece {
+                piece.needed |= !zeros && !discarded;
             }
         }
+        self.end_piece(unmapped, piece)
+    }
+
+    /// Sends a piece home, with its data if that is needed.
+    fn end_piece(&mut self, unmapped: &mut Unmapped<'_>, piece: Option<Piece>) -> Result<(), Trouble> {
+        let Some(mut piece) = piece else { return Ok(()) };
+        if piece.needed {
+            let to = Location::system(piece.new.pfn().address());
+            let length = (PAGE_SIZE << piece.new.order()) as u64;
+            self.transfers
+                .copy(Location::vram(piece.offset), to, length)
+                .map_err(|_| Trouble::NoMemory)?;
+        } else {
+            piece.new.clear();
+        }
+        unmapped.send_home(piece.index, piece.new);
+        Ok(())
+    }
+
+    /// Takes a page of which the data is lost out of the table, and sends zeros home.
+    fn take_lost(
+        &mut self,
+        unmapped: &mut Unmapped<'_>,
+        index: usize,
+        page: DevicePage,
+    ) -> Result<(), Trouble> {
+        let mut new = unmapped.allocate(index, 0).ok_or(Trouble::NoMemory)?;
+        self.take(index, page)?;
+        new.clear();
+        unmapped.send_home(index, new);
         Ok(())
     }
 
@@ -306,7 +352,12 @@ impl<'a> Journey<'a> {
     /// Puts those back into the table that stay where they were.
     fn put_back(&mut self) {
         for traveller in self.travellers.iter_mut().filter(|traveller| !traveller.home) {
-            let data = traveller.pinned.take().map_or(Data::Device, Data::Pinned);
+            let data = match traveller.pinned.take() {
+                Some(pinned) => Data::Pinned(pinned),
+                None if traveller.lost => Data::Lost,
+                None if traveller.discarded => Data::Discarded,
+                None => Data::Device,
+            };
             self.memory.set(traveller.page, data, traveller.mapped);
         }
     }
@@ -356,6 +407,7 @@ impl Residency {
                 Some((place, _)) if which.has(index, place) => match place {
                     Place::Pinned(_) => journey.take(index, page),
                     Place::Device(_) => journey.take_vram(&mut unmapped, source, page, zeros),
+                    Place::Lost => journey.take_lost(&mut unmapped, index, page),
                 },
                 _ => continue,
             };
@@ -431,6 +483,7 @@ impl Residency {
                     continue;
                 };
                 match migrate::setup_home(&mmap, start..end, kind, owner) {
+                    Ok(unmapped) if which == Which::Abandoned => count += Self::lose(memory, unmapped),
                     Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
                         Ok(home) => count += home,
                         Err(Trouble::Busy) => {}
@@ -470,8 +523,8 @@ impl Residency {
         Ok(runs)
     }
 
-    /// Sends the pages of `block` home, as far as their processes can reach them. Returns how many have gone.
-    fn evict(gpu: &Gpu, block: DeviceBlock) -> usize {
+    /// Sends those pages of `block` home, as far as their processes can reach them. Returns how many have gone.
+    fn evict(gpu: &Gpu, block: DeviceBlock, which: Which) -> usize {
         let memory = gpu.memory();
         let Ok(runs) = Self::runs(memory, memory.pages_of(block)) else {
             return 0;
@@ -481,8 +534,11 @@ impl Residency {
             let Some(space) = gpu.contexts().get(mapped.context) else {
                 continue;
             };
-            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, Which::Vram, false);
+            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, which, false);
             let gone = gone.unwrap_or(0);
+            if which == Which::Abandoned {
+                continue;
+            }
             space.statistics().evictions.add(gone as i64, Relaxed);
             trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
             count += gone;
@@ -503,7 +559,7 @@ impl Residency {
             let Some(block) = memory.coldest(kind) else {
                 return false;
             };
-            Self::evict(gpu, block);
+            Self::evict(gpu, block, Which::Vram);
         }
         memory.has_room(kind, pages)
     }
@@ -545,7 +601,7 @@ impl Residency {
         memory.close_device();
         for _ in 0..ROUNDS {
             for block in memory.blocks_in_use() {
-                Self::evict(gpu, block);
+                Self::evict(gpu, block, Which::Vram);
                 if memory.used_in(block) == 0 || gpu.is_lost() {
                     continue;
                 }
@@ -559,6 +615,67 @@ impl Residency {
             }
             fsleep(PAUSE);
         }
+    }
+
+    /// Has what is unmapped represented by pages on which the CPU faults, and finds nothing. Returns how many.
+    fn lose(memory: &DeviceMemory<Self>, mut unmapped: Unmapped<'_>) -> usize {
+        let Ok(mut journey) = Journey::new(memory, unmapped.len(), Which::Pinned(0)) else {
+            return 0;
+        };
+        for index in 0..unmapped.len() {
+            let What::Device(page) = unmapped.get(index).map_or(What::Hole, |source| source.what) else {
+                continue;
+            };
+            let Ok(stand_in) = memory.allocate_for_lost() else {
+                break;
+            };
+            if journey.take(index, page).is_ok() {
+                unmapped.send_away(index, stand_in);
+            }
+        }
+        let mut count = 0;
+        let moved = unmapped.advance(|index, outcome| {
+            if let (migrate::Outcome::Away(page, _), [traveller]) = (outcome, journey.find(index..index + 1))
+            {
+                memory.set(page, Data::Lost, traveller.mapped);
+                traveller.home = true;
+                count += 1;
+            }
+        });
+        journey.put_back();
+        moved.finish();
+        count
+    }
+
+    /// The device is lost and has been reset, so that there is no telling what the CPU sees in the aperture: takes away what
+    /// processes have there. Whoever touches it gets SIGBUS.
+    pub(crate) fn abandon(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for _ in 0..ROUNDS {
+            for block in memory.blocks_in_use() {
+                if memory.kind_of(block) != Kind::Coherent {
+                    continue;
+                }
+                Self::evict(gpu, block, Which::Abandoned);
+                if memory.used_in(block) > 0 {
+                    // What its process cannot reach, as in `evacuate`.
+                    if let Ok(unmapped) = migrate::setup_device_pages(memory.pages_of(block)) {
+                        Self::lose(memory, unmapped);
+                    }
+                }
+            }
+            if memory.usage(Kind::Coherent).used == 0 {
+                return;
+            }
+            fsleep(PAUSE);
+        }
+        let left = memory.usage(Kind::Coherent).used;
+        dev_err!(
+            gpu.device(),
+            "{} lost pages are in use by others and stay mapped\n",
+            left
+        );
     }
 
     /// Brings home every page. The device does not access memory any more, and nothing is being pinned.
@@ -620,6 +737,7 @@ impl Handler for Residency {
         // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
         let (around, which) = match memory.get(fault.page()) {
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),
+            Some((Place::Lost, _)) => return Outcome::Lost,
             _ => (1, Which::Pinned(0)),
         };
         match migrate::setup_fault(fault, around) {
