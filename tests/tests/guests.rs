@@ -457,30 +457,23 @@ macro_rules! on_each_kernel {
 on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times measurements device_loss }
 
 /// Whether it finds what is to be found, not how fast.
-///
-/// Not part of the usual run yet. Under emulation this kernel has twice reported a wild access of its own while it booted, before there
-/// was a driver, and `atomic_operations_on_exclusive_pages` has once counted fewer exclusive pages than it expects.
 mod debug {
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests() {
         super::guest_tests(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests_in_small_vram() {
         super::guest_tests_in_small_vram(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests_with_two_gpus() {
         super::guest_tests_with_two_gpus(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn device_loss() {
         super::device_loss(super::DEBUG);
     }
