@@ -44,6 +44,9 @@ const PATIENCE: u32 = 5000;
 const ROUNDS: usize = 3000;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
+/// Pinned pages that the CPU takes back one after the other, as they follow each other in memory, before it gets the rest of
+/// their 2 MiB at once.
+const MANY_IN_A_ROW: usize = 8;
 /// Blocks that are evicted at most to make room for one.
 const MOST_EVICTIONS: usize = 64;
 /// Bytes of a page.
@@ -78,6 +81,18 @@ pub(crate) struct Residency {
     /// While it is there. It owns the memory, which must not own it for ever.
     #[pin]
     gpu: SpinLock<Option<Arc<Gpu>>>,
+    /// What CPUs have taken back last.
+    #[pin]
+    streak: SpinLock<Streak>,
+}
+
+/// Pages that have come home because a CPU has touched one after the other, as they follow each other in memory.
+#[derive(Clone, Copy, Default)]
+struct Streak {
+    /// The page that comes next.
+    next: Mapped,
+    /// How many there have been.
+    pages: usize,
 }
 
 /// Why pages have not come home.
@@ -369,7 +384,28 @@ impl Residency {
         pin_init!(Self {
             contexts,
             gpu <- new_spinlock!(None, "Residency::gpu"),
+            streak <- new_spinlock!(Streak::default(), "Residency::streak"),
         })
+    }
+
+    /// How many pages a CPU has taken back in a row that ends where it touches `mapped` now.
+    fn in_a_row(&self, mapped: Mapped) -> usize {
+        let streak = *self.streak.lock();
+        if streak.next == mapped {
+            streak.pages
+        } else {
+            0
+        }
+    }
+
+    /// Takes note that it gets what there is of the `around` pages about `mapped`, after so many in a row.
+    fn continue_row(&self, mapped: Mapped, around: usize, row: usize) {
+        let size = around * PAGE_SIZE;
+        let end = (mapped.va & !(size - 1)) + size;
+        *self.streak.lock() = Streak {
+            next: Mapped { va: end, ..mapped },
+            pages: row + (end - mapped.va) / PAGE_SIZE,
+        };
     }
 
     /// Says which device it is, or that there is none any more.
@@ -734,16 +770,28 @@ impl Handler for Residency {
     type PageData = Mapped;
 
     fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
-        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
-        let (around, which) = match memory.get(fault.page()) {
+        let handler = memory.handler();
+        let found = memory.get(fault.page());
+        let row = found.map_or(0, |(_, mapped)| handler.in_a_row(mapped));
+        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces. But a CPU that goes
+        // through memory does not get each piece by a fault and a round trip of its own.
+        let (around, which) = match found {
+            Some((Place::Device(_), _)) if row >= AROUND => (MAX_PAGES, Which::Vram),
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),
             Some((Place::Lost, _)) => return Outcome::Lost,
+            _ if row >= MANY_IN_A_ROW => (MAX_PAGES, Which::All),
             _ => (1, Which::Pinned(0)),
         };
         match migrate::setup_fault(fault, around) {
             Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                Ok(_) => {
+                    if let Some((_, mapped)) = found {
+                        handler.continue_row(mapped, around, row);
+                    }
+                    Outcome::Done
+                }
                 // A page that could not be brought home is where it was; the CPU tries again.
-                Ok(_) | Err(Trouble::Busy) => Outcome::Done,
+                Err(Trouble::Busy) => Outcome::Done,
                 Err(Trouble::NoMemory) => Outcome::OutOfMemory,
                 Err(Trouble::Lost) => Outcome::Lost,
             },

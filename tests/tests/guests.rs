@@ -425,7 +425,6 @@ fn measurements(guest: Guest) {
             _ => None,
         })
         .collect();
-    // The page must not call these missed, on whatever machine it is made.
     let trips = |part: &str| -> Vec<f64> {
         let those = counts.iter().filter(|count| count.name.contains(part));
         those.map(|count| count.round_trips).collect()
@@ -442,8 +441,9 @@ fn measurements(guest: Guest) {
             "{way}: {trips:?}"
         );
     }
-    let folio = trips("2 MiB folios, home by faults of the CPU");
-    assert!(folio.len() == 1 && (1.0..=3.0).contains(&folio[0]), "{folio:?}");
+    // A CPU that goes through small pages gets 64 KiB, and then the rest; twice that is invalidated if the GPU had them as small pages, too.
+    let home = trips("home by faults of the CPU");
+    assert!(home.len() == 2 && home[0] <= 4.0 && home[1] <= 3.0, "{home:?}");
     let beside = [
         trips("where the GPU has never been"),
         trips("of which the GPU maps another page"),
@@ -487,6 +487,10 @@ fn measurements(guest: Guest) {
                         (1.0, Some(1.0)),
                         "{row:?}"
                     );
+                    // By faults of the CPU, eight come home one by one, and then the rest.
+                    if row.pages == 512 {
+                        assert!(row.release_trips <= 10.0, "{row:?}");
+                    }
                 }
             }
             Row::Contention(row) => {

@@ -23,6 +23,7 @@ tests! {
     a_huge_page_comes_home_as_one
     a_huge_page_in_vram_is_split
     small_pages_move_together
+    a_cpu_that_goes_on_gets_the_rest
     in_vram_then_unmapped_in_part
     in_vram_then_dropped
     discarded_in_vram
@@ -366,6 +367,54 @@ fn small_pages_move_together() -> TestResult {
     let pages = pages_in_vram(&gpu, &memory)?;
     ensure_eq!(pages as u64 + home, memory.pages() as u64, "pages in all");
     check(&memory, 10).map(|()| Outcome::Passed)
+}
+
+/// What a CPU goes through page by page does not take a round trip for each piece; what it touches here and there comes home alone.
+fn a_cpu_that_goes_on_gets_the_rest() -> TestResult {
+    let (gpu, memory) = vram!(2, libc::MADV_NOHUGEPAGE, 40);
+    let touch = |memory: &Mapping, page: usize, expected: u64| -> Result<(), Failure> {
+        let found = memory.atomic(page * 4096).load(Ordering::Relaxed);
+        ensure_eq!(found, expected, "page {page}");
+        Ok(())
+    };
+    for (page, left) in [
+        (80, 1008),
+        (200, 992),
+        (208, 976),
+        (300, 960),
+        (304, 944),
+        (320, 512),
+    ] {
+        touch(&memory, page, pattern(40, 512 * page))?;
+        ensure_eq!(
+            pages_in_vram(&gpu, &memory)?,
+            left,
+            "pages left after page {page}"
+        );
+    }
+    check(&memory, 40)?;
+
+    let memory = memory_of(1, libc::MADV_NOHUGEPAGE)?;
+    fill(&memory, 41);
+    atomics(&gpu, &memory, Atomics::Pin)?;
+    execute_ok(&gpu, &[add(&memory, 1).repeat(512).stride(4096)])?;
+    let scattered = [300, 100, 200].map(|page| (page, 1));
+    let row = (0..8).map(|page| (page, 1));
+    let mut left = pages_in(&gpu, &memory, PageState::Pinned)?;
+    ensure_eq!(left, 512, "pages that are pinned");
+    for (page, home) in scattered.into_iter().chain(row).chain([(8, 501)]) {
+        touch(&memory, page, pattern(41, 512 * page) + 1)?;
+        left -= home;
+        ensure_eq!(
+            pages_in(&gpu, &memory, PageState::Pinned)?,
+            left,
+            "pages pinned after page {page}"
+        );
+    }
+    for page in 0..memory.pages() {
+        memory.atomic(page * 4096).fetch_sub(1, Ordering::Relaxed);
+    }
+    check(&memory, 41).map(|()| Outcome::Passed)
 }
 
 fn in_vram_then_unmapped_in_part() -> TestResult {
