@@ -21,7 +21,7 @@ use kernel::{
 };
 
 /// How often a piece is tried to be moved to VRAM while others get in the way.
-const MOVE_ATTEMPTS: usize = 10;
+const MOVE_ATTEMPTS: u32 = 10;
 /// How often something is tried to be mapped for an access that is still to come.
 const AHEAD_ATTEMPTS: usize = 3;
 
@@ -171,19 +171,26 @@ impl AddressSpace {
         }
         self.for_each_piece(range, |mm, piece| {
             let window = self.window(mm, piece.start)?;
-            for _ in 0..MOVE_ATTEMPTS {
+            // Pages that somebody else is working on, like compaction, can be moved when they are done.
+            for attempt in 0..MOVE_ATTEMPTS {
                 match self.to_vram(mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
-                    Err(error) if error == EAGAIN => continue,
                     Err(error) if error == ENODEV || error == ENOMEM => return Err(error),
-                    // What does not move stays where it is.
-                    _ => break,
+                    // Nothing there can ever move.
+                    Err(error) if error == EINVAL => break,
+                    _ => {}
                 }
+                let is_mapped = || self.mapped(piece.clone()) * PAGE_SIZE == piece.len();
+                if is_mapped() {
+                    break;
+                }
+                // What was in VRAM before has been taken from the GPU meanwhile.
+                self.map_vram(mm, &window, piece.clone())?;
+                if is_mapped() {
+                    break;
+                }
+                self.pause(attempt)?;
             }
-            if self.mapped(piece.clone()) * PAGE_SIZE == piece.len() {
-                return Ok(());
-            }
-            // What was there before has been taken from the GPU meanwhile.
-            self.map_vram(mm, &window, piece)
+            Ok(())
         })
     }
 
