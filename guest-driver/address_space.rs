@@ -13,7 +13,7 @@
 //! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed. Or it is moved to
 //!   VRAM, with all there is in its window, if that is where it had better be.
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
-//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
+//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. In VRAM that the CPU sees, the two share it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
 pub(crate) mod explicit;
 mod observation;
@@ -29,13 +29,13 @@ use crate::{
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
         exclusive::ExclusivePage,
-        memory::{self, Data, DevicePage, NewDevicePage},
+        memory::{self, Data, DevicePage, Kind, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
         page::Pfn,
         range::{read_page, read_range, Found, Wanted},
     },
-    residency::{Mapped, Residency, Trouble},
+    residency::{Mapped, Residency, Trouble, Which},
     submission::Submissions,
     sync::ModuleQueue,
     trace, uapi,
@@ -299,7 +299,8 @@ impl AddressSpace {
             .vma_lookup(va)
             .filter(|vma| vma.start() <= va)
             .ok_or(EFAULT)?;
-        let ours = [self.actor(), self.gpu.memory().owner()];
+        // What becomes of coherent pages has to be heard, whoever does it.
+        let ours = [self.actor(), self.private()];
         let window = Window::new(&self.gpu, self.context, base, ours, &self.statistics);
         let window = IntervalNotifier::new(mm, base..base + WINDOW_SIZE, window)?;
         let node = RBTreeNode::new(base, window.clone(), GFP_KERNEL)?;
@@ -329,6 +330,11 @@ impl AddressSpace {
         Owner::of(Arc::as_ptr(&self.statistics))
     }
 
+    /// The owner of the device-private pages of this GPU.
+    fn private(&self) -> Owner {
+        self.gpu.memory().private_owner()
+    }
+
     /// Takes what is in `range` away from the GPU.
     pub(crate) fn revoke(&self, range: Range<usize>) {
         let mut base = range.start & !(WINDOW_SIZE - 1);
@@ -338,11 +344,11 @@ impl AddressSpace {
         }
     }
 
-    /// Brings home what is in `range`, and what is pinned there too if that is wanted, if the process is still there. With
-    /// `wait`, waits for its mmap_lock. Returns how many pages have come home.
-    pub(crate) fn home(&self, range: Range<usize>, pinned: bool, wait: bool) -> Result<usize, Trouble> {
+    /// Brings home those pages in `range`, if the process is still there. With `wait`, waits for its mmap_lock. Returns how many
+    /// pages have come home.
+    pub(crate) fn home(&self, range: Range<usize>, which: Which, wait: bool) -> Result<usize, Trouble> {
         let mm = self.mm.mmget_not_zero().ok_or(Trouble::Busy)?;
-        Residency::home(self.gpu.memory(), &mm, range, pinned, wait)
+        Residency::home(self.gpu.memory(), &mm, range, which, wait)
     }
 
     /// The GPU that it is on.
@@ -484,20 +490,27 @@ impl AddressSpace {
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
         let window = self.window(&mm, va)?;
         let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
-        let vram = match policy.atomics {
-            Atomics::Migrate if atomic => true,
-            Atomics::Auto => policy.location == Location::Vram,
-            _ => !atomic && policy.location == Location::Vram,
-        };
         let must = atomic && policy.atomics == Atomics::Migrate;
-        if vram && self.has_vram() && self.is_at_home(&mm, &window, va)? {
+        let vram = match policy.atomics {
+            Atomics::Auto => self.kind_for(policy.location),
+            _ if !atomic => self.kind_for(policy.location),
+            Atomics::Migrate => self
+                .kind_for(policy.location)
+                .or_else(|| self.kind_for(Location::Vram)),
+            _ => None,
+        };
+        let vram = match vram {
+            Some(kind) if self.is_at_home(&mm, &window, va)? => Some(kind),
+            _ => None,
+        };
+        if let Some(kind) = vram {
             let base = va & !(WINDOW_SIZE - 1);
             let around = base.max(alike.start)..(base + WINDOW_SIZE).min(alike.end);
-            let mut result = self.to_vram(&mm, &window, around.clone(), wanted.clone(), batch);
+            let mut result = self.to_vram(&mm, &window, kind, around.clone(), wanted.clone(), batch);
             if result == Err(EBUSY) && !must && batch.iter().any(|other| other.fault == fault.fault) {
                 // Whether it worked shows in what comes next.
                 let _ = self.bring_near(&mm, &window, wanted.clone());
-                result = self.to_vram(&mm, &window, around, wanted.clone(), batch);
+                result = self.to_vram(&mm, &window, kind, around, wanted.clone(), batch);
             }
             match result {
                 Ok(()) | Err(EAGAIN) => return result,
@@ -519,20 +532,32 @@ impl AddressSpace {
     /// Brings the pages of `range`, which is a part of one window, to where they can be moved from: they may be swapped out, or in
     /// the VRAM of another GPU.
     fn bring_near(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
-        let owner = Some(self.gpu.memory().owner());
+        let owner = Some(self.private());
         read_range(&mut window.begin(), mm, range, Wanted::Read, owner).map(drop)
     }
 
-    /// Whether pages can be moved to VRAM.
-    pub(crate) fn has_vram(&self) -> bool {
-        self.gpu.memory().usage().total > 0
+    /// Which part of VRAM pages are moved to that had better be there, if there is such a part. What is said to be in VRAM, and no
+    /// more, is out of the CPU's sight, unless the CPU sees all of it.
+    fn kind_for(&self, location: Location) -> Option<Kind> {
+        let memory = self.gpu.memory();
+        let has = |kind: &Kind| memory.usage(*kind).total > 0;
+        match location {
+            Location::Anywhere | Location::System => None,
+            Location::Vram => Kind::ALL.into_iter().find(has),
+            Location::Aperture => Some(Kind::Coherent).filter(has),
+        }
     }
 
     /// Whether the page at `va` is the system's, or nowhere.
     fn is_at_home(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, va: usize) -> Result<bool> {
-        let owner = self.gpu.memory().owner();
-        let found = read_page(&mut window.begin(), mm, va, Wanted::Nothing, Some(owner))?;
-        Ok(!matches!(found, Found::Device { .. }))
+        let owner = Some(self.private());
+        Ok(
+            match read_page(&mut window.begin(), mm, va, Wanted::Nothing, owner)? {
+                Found::Device { .. } => false,
+                Found::Coherent { page, .. } => self.gpu.memory().kind(page).is_none(),
+                Found::Nothing | Found::System { .. } => true,
+            },
+        )
     }
 
     /// Maps what is in `range`, which is a part of one window, without moving it. An error means that the first page could not
@@ -551,7 +576,7 @@ impl AddressSpace {
         let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
         let write = fault.access & (abi::ACCESS_WRITE | abi::ACCESS_ATOMIC) != 0;
         let wanted = if write { Wanted::Write } else { Wanted::Read };
-        let owner = Some(memory.owner());
+        let owner = Some(self.private());
         let mut sequence = window.begin();
         let mut range = range;
         let mut pages = match read_range(&mut sequence, mm, range.clone(), wanted, owner) {
@@ -590,7 +615,11 @@ impl AddressSpace {
                     return Err(EAGAIN);
                 }
             }
-            Found::System { .. } => {}
+            // Its operations are atomic there for the CPU as well. In another GPU's memory they are not.
+            Found::Coherent { page, .. } if exclusive && memory.kind(page).is_none() => {
+                return Err(EOPNOTSUPP);
+            }
+            Found::System { .. } | Found::Coherent { .. } => {}
         }
         if pages.is_huge(0) && range.len() < WINDOW_SIZE {
             // What is mapped as one on that side can be on this one, and costs no more.
@@ -602,7 +631,15 @@ impl AddressSpace {
         let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
         for (index, entry) in entries.iter_mut().enumerate() {
             let va = range.start + index * PAGE_SIZE;
-            *entry = match pages.get(index) {
+            let found = match pages.get(index) {
+                // To us, the memory of another GPU is like the system's.
+                Found::Coherent { page, writable } if memory.kind(page).is_none() => Found::System {
+                    pfn: page.pfn(),
+                    writable,
+                },
+                other => other,
+            };
+            *entry = match found {
                 Found::System { pfn, writable, .. } if !exclusive && (writable || !write) => {
                     let mut rights = u64::from(guard.rights(va)) | abi::PTE_READ;
                     if write {
@@ -615,7 +652,9 @@ impl AddressSpace {
                     }
                     pfn.address() | rights | abi::PTE_VALID
                 }
-                Found::Device { page, writable, .. } if writable || !write => {
+                Found::Coherent { page, writable } | Found::Device { page, writable, .. }
+                    if writable || !write =>
+                {
                     match self.device_entry(page, writable, va) {
                         Some(entry) => entry,
                         None => continue,
@@ -634,8 +673,8 @@ impl AddressSpace {
         map_and_replay(&mut guard, range.start, &entries, batch)
     }
 
-    /// The entry for a device-private page of this address space, which is at `va` from now on; none if it has begun to go home.
-    /// The window is locked.
+    /// The entry for a page of this GPU, which is at `va` from now on; none if it has begun to go home, or if it is
+    /// device-private and another address space's. The window is locked.
     fn device_entry(&self, page: DevicePage, writable: bool, va: usize) -> Option<u64> {
         let memory = self.gpu.memory();
         let mine = Mapped {
@@ -643,11 +682,16 @@ impl AddressSpace {
             va,
         };
         let (place, _) = memory.get(page)?;
+        let coherent = memory.kind(page) == Some(Kind::Coherent);
         // Another migration home, of which the window knows nothing, may have come first.
-        let current = |mapped: &Mapped| mapped.context == self.context;
-        memory
-            .update(page, place, current, mine)
-            .then(|| place_entry(place) | rights_of(writable) | abi::PTE_VALID)
+        let current = |mapped: &Mapped| coherent || mapped.context == self.context;
+        if !memory.update(page, place, current, mine) {
+            return None;
+        }
+        if coherent && writable {
+            page.pfn().mark_dirty();
+        }
+        Some(place_entry(place) | rights_of(writable) | abi::PTE_VALID)
     }
 
     /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
@@ -725,7 +769,7 @@ impl AddressSpace {
         result
     }
 
-    /// Moves the pages in `range`, which is a part of one window, to VRAM, and gives them to the GPU. Where there is nothing yet
+    /// Moves the pages in `range`, which is a part of one window, to VRAM of that kind, and gives them to the GPU. Where there is nothing yet
     /// something comes into being only if it is in `wanted` (or would be part of the same huge page).
     ///
     /// The replay is waited for before the migration is finished, as in [`Self::pin`].
@@ -737,12 +781,13 @@ impl AddressSpace {
         &self,
         mm: &MmWithUser,
         window: &IntervalNotifier<Window>,
+        kind: Kind,
         range: Range<usize>,
         wanted: Range<usize>,
         batch: &mut Batch,
     ) -> Result {
         // With no lock held.
-        Residency::make_room(&self.gpu, range.len() / PAGE_SIZE);
+        Residency::make_room(&self.gpu, kind, range.len() / PAGE_SIZE);
         let memory = self.gpu.memory();
         let mut sequence = window.begin();
         let mmap = mm.mmap_read_lock();
@@ -759,7 +804,7 @@ impl AddressSpace {
         let mut plan = Plan::new(unmapped.len())?;
         plan.failing = self.take_failure();
         let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
-        plan.fill(memory, &mut unmapped, page(wanted.start)..page(wanted.end))?;
+        plan.fill(memory, kind, &mut unmapped, page(wanted.start)..page(wanted.end))?;
         if plan.count == 0 {
             // EBUSY if there is nothing that could be moved.
             return Err(unmapped.sources().next().map_or(EBUSY, |_| ENOSPC));
@@ -818,7 +863,8 @@ impl AddressSpace {
     ///
     /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM.
     pub(crate) fn prefetch(&self, range: Range<usize>, location: Location) -> Result {
-        if location == Location::Vram && !self.has_vram() {
+        let kind = self.kind_for(location);
+        if kind.is_none() && location != Location::System {
             return Err(EOPNOTSUPP);
         }
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
@@ -830,12 +876,16 @@ impl AddressSpace {
             let end = ((start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE).min(range.end);
             let piece = start..end;
             start = end;
-            if location == Location::Vram {
+            if let Some(kind) = kind {
+                if location == Location::Aperture {
+                    // It does not help where it is, and there is no way from there but through here.
+                    let _ = self.home(piece.clone(), Which::Only(Kind::Private), true);
+                }
                 let Ok(window) = self.window(&mm, piece.start) else {
                     continue;
                 };
                 for attempt in 0..PREFETCH_ATTEMPTS {
-                    match self.to_vram(&mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
+                    match self.to_vram(&mm, &window, kind, piece.clone(), piece.clone(), &mut KVec::new()) {
                         Err(EAGAIN) => {}
                         // What cannot even be read stays where it is.
                         Err(EBUSY) if attempt == 0 => {
@@ -844,7 +894,7 @@ impl AddressSpace {
                         _ => break,
                     }
                 }
-            } else if self.home(piece, true, true) == Err(Trouble::NoMemory) {
+            } else if self.home(piece, Which::All, true) == Err(Trouble::NoMemory) {
                 return Err(ENOMEM);
             }
         }
@@ -879,7 +929,7 @@ impl AddressSpace {
             }
             let mut sequence = window.begin();
             let memory = self.gpu.memory();
-            let found = match read_page(&mut sequence, &mm, va, wanted, Some(memory.owner())) {
+            let found = match read_page(&mut sequence, &mm, va, wanted, Some(self.private())) {
                 Err(error) if error == EAGAIN => continue,
                 Err(_) if wanted == Wanted::Read => {
                     wanted = Wanted::Nothing;
@@ -902,7 +952,8 @@ impl AddressSpace {
                     Some((memory::Place::Device(_), _)) => (uapi::PAGE_VRAM, None),
                     None => (uapi::PAGE_CPU, None),
                 },
-                Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
+                Found::Coherent { page, .. } if memory.kind(page).is_some() => (uapi::PAGE_COHERENT, None),
+                Found::System { .. } | Found::Coherent { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
                 // To look any closer would take it back.
                 Found::Nothing if guard.is_exclusive(va) => (uapi::PAGE_EXCLUSIVE, None),
                 Found::Nothing if rights != 0 => {
@@ -1002,17 +1053,23 @@ impl Plan {
     }
 
     /// Takes a folio of VRAM.
-    fn allocate(&mut self, memory: &memory::PrivateMemory<Residency>, order: u32) -> Result<NewDevicePage> {
+    fn allocate(
+        &mut self,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
+        order: u32,
+    ) -> Result<NewDevicePage> {
         if core::mem::take(&mut self.failing) {
             return Err(ENOSPC);
         }
-        memory.allocate_device(order)
+        memory.allocate_device(kind, order)
     }
 
     /// Finds a place in VRAM for what is unmapped, as far as there is room.
     fn fill(
         &mut self,
-        memory: &memory::PrivateMemory<Residency>,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
         unmapped: &mut Unmapped<'_>,
         wanted: Range<usize>,
     ) -> Result {
@@ -1028,7 +1085,7 @@ impl Plan {
                 _ => {}
             }
             if source.order > 0 {
-                if let Ok(block) = self.allocate(memory, BLOCK_ORDER) {
+                if let Ok(block) = self.allocate(memory, kind, BLOCK_ORDER) {
                     self.send(memory, unmapped, source, 0, block)?;
                     continue;
                 }
@@ -1037,7 +1094,7 @@ impl Plan {
                 // In pieces, then; the kernel wants all of them or none.
                 let mut pieces = KVec::with_capacity(BLOCK_PAGES, GFP_KERNEL)?;
                 for _ in 0..BLOCK_PAGES {
-                    let Ok(page) = self.allocate(memory, 0) else {
+                    let Ok(page) = self.allocate(memory, kind, 0) else {
                         break;
                     };
                     pieces.push(page, GFP_KERNEL)?;
@@ -1050,7 +1107,7 @@ impl Plan {
                 continue;
             }
             for piece in 0..count {
-                let Ok(page) = self.allocate(memory, 0) else {
+                let Ok(page) = self.allocate(memory, kind, 0) else {
                     return Ok(());
                 };
                 self.send(memory, unmapped, source, piece, page)?;
@@ -1062,7 +1119,7 @@ impl Plan {
     /// Sends the `piece`th page of the source, or all of it, to `page`.
     fn send(
         &mut self,
-        memory: &memory::PrivateMemory<Residency>,
+        memory: &memory::DeviceMemory<Residency>,
         unmapped: &mut Unmapped<'_>,
         source: Source,
         piece: usize,

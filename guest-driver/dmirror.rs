@@ -16,7 +16,8 @@
 //! Where the test module looks into its page table (after MIGRATE_TO_DEV and EXCLUSIVE, and in CHECK_EXCLUSIVE), this looks at the
 //! rights that the device has been given.
 //!
-//! Each GPU has its own node, of its own memory: two nodes are two owners of pages, as two devices are.
+//! Each GPU has a node for device-private memory, which is VRAM out of the CPU's sight, and one for device-coherent memory,
+//! which is VRAM in its aperture. Number 0 and 1 are the former of the first two GPUs, 2 and 3 the latter.
 
 mod uapi;
 
@@ -29,7 +30,7 @@ use crate::{
     fence::Waited,
     file::{page_range, FileHandle},
     gpu::Gpu,
-    hmm::migrate::MAX_PAGES,
+    hmm::{memory::Kind, migrate::MAX_PAGES},
     residency::Residency,
     ring::Request,
     submission::{Awaited, Submissions},
@@ -48,7 +49,7 @@ use kernel::{
     uaccess::{UserPtr, UserSlice},
 };
 
-/// GPUs that have a node. The test module has as many devices of one kind.
+/// GPUs that have nodes. The test module has as many devices of one kind.
 const MAX_DEVICES: u32 = 2;
 /// Permissions of the nodes: those of the test module's. RELEASE concerns all processes.
 const MODE: u16 = 0o600;
@@ -64,6 +65,8 @@ const PUD_ORDER: usize = 18;
 /// What a node is opened for.
 pub(crate) struct Target {
     gpu: Arc<Gpu>,
+    /// Which part of VRAM it is about.
+    kind: Kind,
     /// How the device gets exclusive access.
     exclusive: Atomics,
 }
@@ -94,15 +97,23 @@ pub(crate) fn nodes(gpu: &Arc<Gpu>) -> Result<Nodes> {
     let Some(exclusive) = parameter()?.filter(|_| gpu.number() < MAX_DEVICES) else {
         return Ok(nodes);
     };
-    let name = CString::try_from_fmt(fmt!("hmm_dmirror{}", gpu.number()))?;
-    let target = Target {
-        gpu: gpu.clone(),
-        exclusive,
-    };
-    nodes.push(
-        KBox::pin_init(Node::new(name, MODE, target), GFP_KERNEL)?,
-        GFP_KERNEL,
-    )?;
+    for kind in Kind::ALL {
+        if gpu.memory().usage(kind).total == 0 {
+            continue;
+        }
+        let first = match kind {
+            Kind::Private => 0,
+            Kind::Coherent => MAX_DEVICES,
+        };
+        let name = CString::try_from_fmt(fmt!("hmm_dmirror{}", first + gpu.number()))?;
+        let target = Target {
+            gpu: gpu.clone(),
+            kind,
+            exclusive,
+        };
+        let node = KBox::pin_init(Node::new(name, MODE, target), GFP_KERNEL)?;
+        nodes.push(node, GFP_KERNEL)?;
+    }
     Ok(nodes)
 }
 
@@ -110,6 +121,7 @@ pub(crate) fn nodes(gpu: &Arc<Gpu>) -> Result<Nodes> {
 #[pin_data]
 pub(crate) struct Dmirror {
     gpu: Arc<Gpu>,
+    kind: Kind,
     exclusive: Atomics,
     #[pin]
     file: FileHandle,
@@ -129,6 +141,7 @@ impl MiscDevice for Dmirror {
         KBox::pin_init(
             pin_init!(Self {
                 gpu: target.gpu.clone(),
+                kind: target.kind,
                 exclusive: target.exclusive,
                 file <- file,
                 turn <- new_mutex!((), "Dmirror::turn"),
@@ -189,13 +202,13 @@ impl Dmirror {
                 command.cpages = pages;
             }
             uapi::MIGRATE_TO_DEV => {
-                space.migrate(range.clone())?;
+                space.migrate(range.clone(), self.kind)?;
                 read_mapped(&space, &range, ptr)?;
                 command.cpages = pages;
             }
-            uapi::MIGRATE_TO_SYS => command.cpages = space.migrate_home(range)? as u64,
+            uapi::MIGRATE_TO_SYS => command.cpages = space.migrate_home(range, self.kind)? as u64,
             uapi::SNAPSHOT => {
-                snapshot(&space, &range, ptr)?;
+                snapshot(&space, self.kind, &range, ptr)?;
                 command.cpages = pages;
             }
             uapi::EXCLUSIVE => {
@@ -318,15 +331,19 @@ fn read_mapped(space: &AddressSpace, range: &Range<usize>, ptr: usize) -> Result
 }
 
 /// Stores what the CPU's page table says about `range` at `ptr`, a byte for each page.
-fn snapshot(space: &AddressSpace, range: &Range<usize>, ptr: usize) -> Result {
+fn snapshot(space: &AddressSpace, kind: Kind, range: &Range<usize>, ptr: usize) -> Result {
     let mut writer = UserSlice::new(UserPtr::from_addr(ptr), range.len() / PAGE_SIZE).writer();
     let mut bytes = KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?;
     for start in range.clone().step_by(MAX_PAGES * PAGE_SIZE) {
         let end = (start + MAX_PAGES * PAGE_SIZE).min(range.end);
         bytes.clear();
         let mut result = Ok(());
-        space.snapshot(start..end, |page| {
-            result = result.and(bytes.push_within_capacity(describe(&page)).map_err(|_| EINVAL));
+        space.snapshot(start..end, kind == Kind::Private, |page| {
+            result = result.and(
+                bytes
+                    .push_within_capacity(describe(&page, kind))
+                    .map_err(|_| EINVAL),
+            );
         })?;
         result?;
         writer.write_slice(&bytes)?;
@@ -334,14 +351,20 @@ fn snapshot(space: &AddressSpace, range: &Range<usize>, ptr: usize) -> Result {
     Ok(())
 }
 
-/// `HMM_DMIRROR_PROT_*` of a page.
-fn describe(page: &Seen) -> u8 {
-    let (kind, writable, order) = match *page {
+/// `HMM_DMIRROR_PROT_*` of a page, for a device whose memory is of that kind.
+fn describe(page: &Seen, kind: Kind) -> u8 {
+    let (what, writable, order) = match *page {
         Seen::Error => return uapi::PROT_ERROR,
         Seen::Nothing => return uapi::PROT_NONE,
         Seen::System { pfn, writable, order } if pfn.is_zero() => (uapi::PROT_ZERO, writable, order),
         Seen::System { writable, order, .. } => (uapi::PROT_NONE, writable, order),
-        Seen::Private { writable, order, .. } => (uapi::PROT_DEV_PRIVATE_LOCAL, writable, order),
+        Seen::Private { writable, order } => (uapi::PROT_DEV_PRIVATE_LOCAL, writable, order),
+        Seen::Coherent {
+            local: true,
+            writable,
+            order,
+        } if kind == Kind::Coherent => (uapi::PROT_DEV_COHERENT_LOCAL, writable, order),
+        Seen::Coherent { writable, order, .. } => (uapi::PROT_DEV_COHERENT_REMOTE, writable, order),
     };
     let access = if writable {
         uapi::PROT_WRITE
@@ -353,5 +376,5 @@ fn describe(page: &Seen) -> u8 {
         PUD_ORDER => uapi::PROT_PUD,
         _ => 0,
     };
-    kind | access | size
+    what | access | size
 }

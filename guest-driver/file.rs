@@ -11,7 +11,7 @@ use crate::{
     fence::{Progress, Waited, MAX_COMMANDS, MAX_SUBMISSIONS},
     fence_file::{self, FenceFile},
     gpu::Gpu,
-    hmm::migrate,
+    hmm::{memory::Kind, migrate},
     ring::{Fence, Request},
     submission::{Awaited, Submissions},
     uapi,
@@ -40,6 +40,9 @@ use kernel::{
     time::{ClockSource, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
+
+/// Bytes of a page.
+const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 
 /// An open file.
 #[pin_data(PinnedDrop)]
@@ -224,6 +227,7 @@ impl FileHandle {
             max_commands: MAX_COMMANDS as u32,
             atomics: self.mechanisms(),
             locations: self.locations(),
+            aperture_size: (self.gpu.memory().usage(Kind::Coherent).total * PAGE_SIZE) as u64,
         };
         uapi::write(arg, request.size, &info)
     }
@@ -400,11 +404,15 @@ impl FileHandle {
         if self.has_vram() {
             bits |= 1 << uapi::LOCATION_VRAM;
         }
+        if self.gpu.memory().usage(Kind::Coherent).total > 0 {
+            bits |= 1 << uapi::LOCATION_APERTURE;
+        }
         bits
     }
 
     fn has_vram(&self) -> bool {
-        self.gpu.memory().usage().total > 0
+        let memory = self.gpu.memory();
+        Kind::ALL.into_iter().any(|kind| memory.usage(kind).total > 0)
     }
 
     /// A place of that number, which must be there.
@@ -413,6 +421,7 @@ impl FileHandle {
             uapi::LOCATION_NONE => Location::Anywhere,
             uapi::LOCATION_SYSTEM => Location::System,
             uapi::LOCATION_VRAM => Location::Vram,
+            uapi::LOCATION_APERTURE => Location::Aperture,
             _ => return Err(EINVAL),
         };
         if self.locations() & 1 << location == 0 {
@@ -455,7 +464,7 @@ impl FileHandle {
         let size = request.count as usize * size_of::<uapi::Page>();
         let pointer = UserPtr::from_addr(usize::try_from(request.pages)?);
         let mut writer = UserSlice::new(pointer, size).writer();
-        for va in range.step_by(kernel::page::PAGE_SIZE) {
+        for va in range.step_by(PAGE_SIZE) {
             let found = space.query(va)?;
             let page = uapi::Page {
                 state: found.state,

@@ -24,7 +24,7 @@ use crate::{
     copy::{self, CopyEngine, Transfers},
     debugfs, dmirror,
     file::FileHandle,
-    hmm::memory::PrivateMemory,
+    hmm::memory::DeviceMemory,
     residency::Residency,
     ring::Ring,
     sync::{Completion, ModuleQueue},
@@ -222,7 +222,7 @@ pub(crate) struct Gpu {
     /// None if the device has but one ring. VRAM is then not used.
     copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
-    memory: Arc<PrivateMemory<Residency>>,
+    memory: Arc<DeviceMemory<Residency>>,
     lost: Atomic<bool>,
     large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
@@ -360,7 +360,7 @@ impl Gpu {
     }
 
     /// The struct pages of VRAM, and those that stand in for pinned ones.
-    pub(crate) fn memory(&self) -> &PrivateMemory<Residency> {
+    pub(crate) fn memory(&self) -> &DeviceMemory<Residency> {
         &self.memory
     }
 
@@ -840,6 +840,16 @@ fn validate(device: &Device) -> Result<abi::Config> {
     Ok(config)
 }
 
+/// Where the CPU sees the beginning of VRAM, if it does. (Not yet, though: see `started`.)
+fn aperture(device: &Device, config: &abi::Config) -> Option<Range<usize>> {
+    if config.features & abi::FEATURE_APERTURE == 0 {
+        return None;
+    }
+    let range = device.shared_memory(abi::APERTURE_REGION)?;
+    let size = usize::try_from(config.aperture_size).ok()?.min(range.len());
+    Some(range.start..range.start + size)
+}
+
 impl virtio::Driver for Gpu {
     const NAME: &'static CStr = c"pinion";
     const DEVICE_ID: u32 = abi::VIRTIO_ID;
@@ -882,7 +892,7 @@ impl virtio::Driver for Gpu {
         let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
         let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
         let residency = Residency::new(contexts.clone());
-        let memory = PrivateMemory::new(c"pinion", vram, PIN_PAGES, residency)?;
+        let memory = DeviceMemory::new(c"pinion", vram, aperture(device, &config), PIN_PAGES, residency)?;
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
         let mut copy = None;

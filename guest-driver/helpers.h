@@ -26,6 +26,7 @@ int pinion_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struc
 void pinion_virtio_del_vqs(struct virtio_device *vdev);
 void pinion_virtio_device_ready(struct virtio_device *vdev);
 void pinion_virtio_read_config(struct virtio_device *vdev, void *buf, size_t len);
+bool pinion_virtio_get_shm_region(struct virtio_device *vdev, u8 id, u64 *start, u64 *size);
 void *pinion_virtio_get_private(struct virtio_device *vdev);
 void pinion_virtio_set_private(struct virtio_device *vdev, void *private);
 struct device *pinion_virtio_device(struct virtio_device *vdev);
@@ -56,7 +57,8 @@ bool pinion_page_may_pin(struct page *page);
 bool pinion_page_is_mapped(struct page *page);
 void pinion_page_mark_dirty(struct page *page);
 void pinion_page_clear_mapping(struct page *page);
-struct dev_pagemap *pinion_device_private_pagemap(struct page *page);
+struct dev_pagemap *pinion_device_pagemap(struct page *page);
+bool pinion_page_is_device_coherent(struct page *page);
 struct page *pinion_folio_page(struct folio *folio);
 unsigned int pinion_page_order(struct page *page);
 unsigned long pinion_totalram_pages(void);
@@ -68,6 +70,7 @@ bool pinion_vma_is_writable(struct vm_area_struct *vma);
 bool pinion_vma_may_have_huge_pages(struct vm_area_struct *vma);
 
 struct resource *pinion_request_free_mem_region(unsigned long size, const char *name);
+bool pinion_request_mem_region(unsigned long start, unsigned long size, const char *name);
 void pinion_release_mem_region(unsigned long start, unsigned long size);
 void pinion_zone_device_page_init(struct page *page, struct dev_pagemap *pgmap, unsigned int order);
 int pinion_numa_node(void);

@@ -7,6 +7,10 @@
 //! the device-private page (so that nobody pins, moves or faults meanwhile), revoke the GPU's mapping, and then give the
 //! very same page back, or copy the data from VRAM to a new one.
 //!
+//! A page in that part of VRAM that the CPU sees (coherent memory) is mirrored: any number of contexts may map it, and
+//! whatever unmaps it from the CPU, our own migrations included, takes it from them too, through their notifiers. It
+//! knows the context that has mapped it last, for it can be evicted through that. Only the driver brings it home.
+//!
 //! **Eviction.** When VRAM is full, the block (2 MiB) that has not been used for the longest time goes home: not used
 //! means neither faulted on by the GPU nor moved to. That is done on behalf of a process that wants room, with no lock
 //! of that process held, since it takes those of others. It reaches pages through the process that moved
@@ -17,7 +21,7 @@ use crate::{
     copy::{Location, Transfers},
     gpu::{Contexts, Gpu, Leaving},
     hmm::{
-        memory::{Data, DeviceBlock, DevicePage, FaultedPage, Handler, Outcome, Place, PrivateMemory},
+        memory::{Data, DeviceBlock, DeviceMemory, DevicePage, FaultedPage, Handler, Kind, Outcome, Place},
         migrate::{self, Source, Unmapped, What, MAX_PAGES},
         page::{NewSystemPage, PinnedPage},
     },
@@ -95,11 +99,13 @@ impl From<kernel::alloc::AllocError> for Trouble {
 
 /// Which pages are to come home.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Which {
+pub(crate) enum Which {
     /// All.
     All,
     /// Those in VRAM.
     Vram,
+    /// Those in VRAM of that kind.
+    Only(Kind),
     /// The one with this index, which is pinned.
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
@@ -107,11 +113,19 @@ enum Which {
 }
 
 impl Which {
+    /// Whether there can be some among the device pages of that kind.
+    fn includes(self, kind: Kind) -> bool {
+        match self {
+            Self::Only(this) => this == kind,
+            Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
+        }
+    }
+
     fn has(self, index: usize, place: Place) -> bool {
         match (self, place) {
-            (Self::All | Self::Remains, _) | (Self::Vram, Place::Device(_)) => true,
+            (Self::All | Self::Remains, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
-            (Self::Vram, Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
+            (Self::Vram | Self::Only(_), Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
         }
     }
 }
@@ -128,7 +142,7 @@ struct Traveller {
 
 /// Pages on their way home.
 struct Journey<'a> {
-    memory: &'a PrivateMemory<Residency>,
+    memory: &'a DeviceMemory<Residency>,
     travellers: KVVec<Traveller>,
     transfers: Transfers,
     /// Whoever closes one of these contexts waits for us.
@@ -139,7 +153,7 @@ struct Journey<'a> {
 
 impl<'a> Journey<'a> {
     /// One of `count` pages at most.
-    fn new(memory: &'a PrivateMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
+    fn new(memory: &'a DeviceMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
         let copies = if matches!(which, Which::Pinned(_)) {
             0
         } else {
@@ -347,7 +361,7 @@ impl Residency {
     ///
     /// While this runs, the pages are counted as on their way, for whoever waits until none is left.
     fn bring_home(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         mut unmapped: Unmapped<'_>,
         which: Which,
     ) -> Result<usize, Trouble> {
@@ -416,13 +430,12 @@ impl Residency {
     ///
     /// With `wait`, waits for mmap_lock, so that no lock of another process must be held.
     pub(crate) fn home(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         mm: &MmWithUser,
         range: Range<usize>,
-        pinned: bool,
+        which: Which,
         wait: bool,
     ) -> Result<usize, Trouble> {
-        let which = if pinned { Which::All } else { Which::Vram };
         let mut start = range.start;
         let mut count = 0;
         while start < range.end {
@@ -437,15 +450,20 @@ impl Residency {
                 continue;
             };
             let end = vma.end().min(range.end);
-            match migrate::setup_home(&mmap, start..end, memory.owner()) {
-                Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
-                    Ok(home) => count += home,
-                    Err(Trouble::Busy) => {}
-                    Err(other) => return Err(other),
-                },
-                Err(error) if error == ENOMEM => return Err(Trouble::NoMemory),
-                // Areas of a kind that nothing migrates from.
-                Err(_) => {}
+            for kind in Kind::ALL {
+                let Some(owner) = memory.owner(kind).filter(|_| which.includes(kind)) else {
+                    continue;
+                };
+                match migrate::setup_home(&mmap, start..end, kind, owner) {
+                    Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                        Ok(home) => count += home,
+                        Err(Trouble::Busy) => {}
+                        Err(other) => return Err(other),
+                    },
+                    Err(error) if error == ENOMEM => return Err(Trouble::NoMemory),
+                    // Areas of a kind that nothing migrates from.
+                    Err(_) => {}
+                }
             }
             start = end;
         }
@@ -454,7 +472,7 @@ impl Residency {
 
     /// Where the pages of `pages` are mapped: pages that follow each other as one.
     fn runs(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         pages: impl Iterator<Item = DevicePage>,
     ) -> Result<KVVec<(Mapped, usize)>> {
         let mut runs: KVVec<(Mapped, usize)> = KVVec::new();
@@ -487,7 +505,7 @@ impl Residency {
             let Some(space) = gpu.contexts().get(mapped.context) else {
                 continue;
             };
-            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, false, false);
+            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, Which::Vram, false);
             let gone = gone.unwrap_or(0);
             space.statistics().evictions.add(gone as i64, Relaxed);
             trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
@@ -496,22 +514,22 @@ impl Residency {
         count
     }
 
-    /// Makes room for `pages` pages in VRAM, for a whole block if that many are wanted. Says whether there is room now, which
-    /// somebody else may take.
+    /// Makes room for `pages` pages in VRAM of that kind, for a whole block if that many are wanted. Says whether there is room
+    /// now, which somebody else may take.
     ///
     /// Takes locks of other processes: none of any process may be held.
-    pub(crate) fn make_room(gpu: &Gpu, pages: usize) -> bool {
+    pub(crate) fn make_room(gpu: &Gpu, kind: Kind, pages: usize) -> bool {
         let memory = gpu.memory();
         for _ in 0..MOST_EVICTIONS {
-            if memory.has_room(pages) {
+            if memory.has_room(kind, pages) {
                 return true;
             }
-            let Some(block) = memory.coldest() else {
+            let Some(block) = memory.coldest(kind) else {
                 return false;
             };
             Self::evict(gpu, block);
         }
-        memory.has_room(pages)
+        memory.has_room(kind, pages)
     }
 
     /// Brings home the pages of `space`, which the device does not access any more, as far as its process
@@ -529,10 +547,10 @@ impl Residency {
                 run.end += PAGE_SIZE;
                 return;
             }
-            let _ = space.home(run.clone(), true, true);
+            let _ = space.home(run.clone(), Which::All, true);
             run = mapped.va..mapped.va + PAGE_SIZE;
         });
-        let _ = space.home(run, true, true);
+        let _ = space.home(run, Which::All, true);
         // After this nobody revokes a mapping of that context, whose number will be used again.
         // A page is on its way for as long as revoking it takes, which is bounded.
         while gpu.contexts().leaving(space.context()) > 0 {
@@ -566,7 +584,7 @@ impl Residency {
                     let _ = Self::bring_home(memory, unmapped, Which::Vram);
                 }
             }
-            if memory.usage().used == 0 {
+            if memory.used() == 0 {
                 return true;
             }
             if gpu.is_lost() {
@@ -582,9 +600,9 @@ impl Residency {
     /// VRAM then it is lost, and zeros take its place.
     pub(crate) fn evict_all(gpu: &Gpu) {
         let memory = gpu.memory();
-        let usage = memory.usage();
-        if usage.used > 0 {
-            dev_err!(gpu.device(), "the data of {} pages in VRAM is lost\n", usage.used);
+        let lost = memory.used();
+        if lost > 0 {
+            dev_err!(gpu.device(), "the data of {} pages in VRAM is lost\n", lost);
         }
         memory.for_each(
             |_| true,
@@ -593,7 +611,7 @@ impl Residency {
                 if let Some((space, mapped)) =
                     mapped.and_then(|mapped| Some((gpu.contexts().get(mapped.context)?, mapped)))
                 {
-                    let _ = space.home(mapped.va..mapped.va + PAGE_SIZE, true, true);
+                    let _ = space.home(mapped.va..mapped.va + PAGE_SIZE, Which::All, true);
                 }
             },
         );
@@ -632,7 +650,7 @@ impl Residency {
 impl Handler for Residency {
     type PageData = Mapped;
 
-    fn migrate_to_ram(memory: &PrivateMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
+    fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
         // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
         let (around, which) = match memory.get(fault.page()) {
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),

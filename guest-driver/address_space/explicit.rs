@@ -6,11 +6,12 @@ use super::{AddressSpace, Atomics, Window, ATTEMPTS, PAGE_SIZE, WINDOW_SIZE};
 use crate::{
     abi,
     hmm::{
+        memory::Kind,
         notifier::{Event, IntervalNotifier, Mirror},
         page::Pfn,
         range::{read_range, Found, Pages, Wanted},
     },
-    residency::Trouble,
+    residency::{Trouble, Which},
 };
 use core::ops::Range;
 use kernel::{
@@ -42,6 +43,15 @@ pub(crate) enum Seen {
     },
     /// A device-private page of this GPU.
     Private {
+        /// As above.
+        writable: bool,
+        /// As above.
+        order: usize,
+    },
+    /// A page of a GPU's memory that the CPU can use.
+    Coherent {
+        /// Whether it is this GPU's.
+        local: bool,
         /// As above.
         writable: bool,
         /// As above.
@@ -159,21 +169,18 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Moves to VRAM what of `range` is the system's, also where there is nothing yet, and gives the GPU all of the range that is
+    /// Moves to VRAM of that kind what of `range` is the system's, also where there is nothing yet, and gives the GPU all of the range that is
     /// in VRAM then. What cannot move stays where it is: see [`Self::mapped`].
     ///
     /// # Errors
     ///
-    /// EOPNOTSUPP: there is no VRAM. EINVAL: something of the range is not mapped, or the process may not read it. EINTR, ENODEV.
-    pub(crate) fn migrate(&self, range: Range<usize>) -> Result {
-        if !self.has_vram() {
-            return Err(EOPNOTSUPP);
-        }
+    /// EINVAL: something of the range is not mapped, or the process may not read it. EINTR, ENODEV.
+    pub(crate) fn migrate(&self, range: Range<usize>, kind: Kind) -> Result {
         self.for_each_piece(range, |mm, piece| {
             let window = self.window(mm, piece.start)?;
             // Pages that somebody else is working on, like compaction, can be moved when they are done.
             for attempt in 0..MOVE_ATTEMPTS {
-                match self.to_vram(mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
+                match self.to_vram(mm, &window, kind, piece.clone(), piece.clone(), &mut KVec::new()) {
                     Err(error) if error == ENODEV || error == ENOMEM => return Err(error),
                     // Nothing there can ever move.
                     Err(error) if error == EINVAL => break,
@@ -196,7 +203,7 @@ impl AddressSpace {
 
     /// Gives the GPU what of `range`, which is part of one window, is in its VRAM on behalf of this address space.
     fn map_vram(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
-        let owner = Some(self.gpu.memory().owner());
+        let owner = Some(self.private());
         let mut entries = KVec::from_elem(0, range.len() / PAGE_SIZE, GFP_KERNEL)?;
         for attempt in 0..ATTEMPTS {
             let mut sequence = window.begin();
@@ -215,6 +222,9 @@ impl AddressSpace {
                 let va = range.start + index * PAGE_SIZE;
                 *entry = match pages.get(index) {
                     Found::Device { page, writable } => self.device_entry(page, writable, va).unwrap_or(0),
+                    Found::Coherent { page, writable } if self.gpu.memory().kind(page).is_some() => {
+                        self.device_entry(page, writable, va).unwrap_or(0)
+                    }
                     _ => 0,
                 };
             }
@@ -236,15 +246,15 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Brings home what of `range` is in VRAM. Returns how many pages have come.
+    /// Brings home what of `range` is in VRAM of that kind. Returns how many pages have come.
     ///
     /// # Errors
     ///
     /// EINVAL: something of the range is not mapped, or the process may not read it. ENOMEM, EINTR. EIO: the data is lost.
-    pub(crate) fn migrate_home(&self, range: Range<usize>) -> Result<usize> {
+    pub(crate) fn migrate_home(&self, range: Range<usize>, kind: Kind) -> Result<usize> {
         let mut count = 0;
         self.for_each_piece(range, |_, piece| {
-            count += match self.home(piece, false, true) {
+            count += match self.home(piece, Which::Only(kind), true) {
                 Ok(count) => count,
                 Err(Trouble::Busy) => 0,
                 Err(Trouble::NoMemory) => return Err(ENOMEM),
@@ -305,14 +315,14 @@ impl AddressSpace {
     }
 
     /// Reads the CPU's page table for `range`, of [`crate::hmm::migrate::MAX_PAGES`] pages at most, changing nothing, and shows it to
-    /// `each` as it was at one moment.
+    /// `each` as it was at one moment: as this GPU sees it, or (without `private`) as one that has no device-private pages would.
     ///
     /// # Errors
     ///
     /// EBUSY: it has kept changing. EINTR, ESRCH, ENOMEM.
-    pub(crate) fn snapshot(&self, range: Range<usize>, mut each: impl FnMut(Seen)) -> Result {
+    pub(crate) fn snapshot(&self, range: Range<usize>, private: bool, mut each: impl FnMut(Seen)) -> Result {
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
-        let owner = Some(self.gpu.memory().owner());
+        let owner = private.then(|| self.private());
         // Not the windows, which are there for what the GPU has.
         let notifier = IntervalNotifier::new(&mm, range.clone(), Nothing)?;
         for attempt in 0..ATTEMPTS {
@@ -329,21 +339,24 @@ impl AddressSpace {
                 self.pause(attempt)?;
                 continue;
             };
-            (0..pages.len()).for_each(|index| each(Seen::of(&pages, index)));
+            (0..pages.len()).for_each(|index| each(self.seen(&pages, index)));
             return Ok(());
         }
         Err(EBUSY)
     }
-}
 
-impl Seen {
-    fn of(pages: &Pages, index: usize) -> Self {
+    fn seen(&self, pages: &Pages, index: usize) -> Seen {
         let order = pages.order(index);
         match pages.get(index) {
-            _ if pages.is_error(index) => Self::Error,
-            Found::Nothing => Self::Nothing,
-            Found::System { pfn, writable } => Self::System { pfn, writable, order },
-            Found::Device { writable, .. } => Self::Private { writable, order },
+            _ if pages.is_error(index) => Seen::Error,
+            Found::Nothing => Seen::Nothing,
+            Found::System { pfn, writable } => Seen::System { pfn, writable, order },
+            Found::Device { writable, .. } => Seen::Private { writable, order },
+            Found::Coherent { page, writable } => Seen::Coherent {
+                local: self.gpu.memory().kind(page).is_some(),
+                writable,
+                order,
+            },
         }
     }
 }

@@ -66,6 +66,10 @@ pub(super) const PROT_PUD: u8 = 0x08;
 pub(super) const PROT_ZERO: u8 = 0x10;
 /// `HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL`: a device-private page of this device.
 pub(super) const PROT_DEV_PRIVATE_LOCAL: u8 = 0x20;
+/// `HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL`: a device-coherent page of this device.
+pub(super) const PROT_DEV_COHERENT_LOCAL: u8 = 0x40;
+/// `HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE`: a device-coherent page of another device.
+pub(super) const PROT_DEV_COHERENT_REMOTE: u8 = 0x50;
 
 #[cfg(has_test_hmm_uapi)]
 mod agreement {
@@ -105,5 +109,7 @@ mod agreement {
         HMM_DMIRROR_PROT_PUD = PROT_PUD;
         HMM_DMIRROR_PROT_ZERO = PROT_ZERO;
         HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL = PROT_DEV_PRIVATE_LOCAL;
+        HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL = PROT_DEV_COHERENT_LOCAL;
+        HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE = PROT_DEV_COHERENT_REMOTE;
     }
 }

@@ -48,7 +48,7 @@ pub(crate) enum Wanted {
 pub(crate) enum Found {
     /// Nothing is there, or nothing that a device could use.
     Nothing,
-    /// A page that the CPU can use.
+    /// A page of the system.
     System {
         /// Which.
         pfn: Pfn,
@@ -57,6 +57,13 @@ pub(crate) enum Found {
     },
     /// A device-private page of the owner that was named.
     Device {
+        /// Which.
+        page: DevicePage,
+        /// Whether it may be written.
+        writable: bool,
+    },
+    /// A page of a device's coherent memory, whosever that is: the CPU can use it too.
+    Coherent {
         /// Which.
         page: DevicePage,
         /// Whether it may be written.
@@ -78,6 +85,7 @@ impl Pages {
         // SAFETY: HMM returns frames that have a `struct page`.
         let pfn = unsafe { Pfn::new(entry & PFN) };
         match DevicePage::from_pfn(pfn) {
+            Some(page) if page.is_coherent() => Found::Coherent { page, writable },
             Some(page) => Found::Device { page, writable },
             None => Found::System { pfn, writable },
         }

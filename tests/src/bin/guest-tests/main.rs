@@ -6,6 +6,7 @@
 //! too long fails and is left behind.
 
 mod access;
+mod aperture;
 mod commands;
 mod interface;
 mod lifetime;
@@ -49,7 +50,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    [vram::FILLING, several::TESTS].concat()
+    [vram::FILLING, several::TESTS, aperture::TESTS].concat()
 }
 
 /// Runs a test in this process.

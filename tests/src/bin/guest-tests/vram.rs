@@ -58,14 +58,14 @@ pub(crate) const FILLING: &[crate::support::Test] = &[
 ];
 
 /// Bytes of a huge page.
-const HUGE: usize = 2 << 20;
+pub(crate) const HUGE: usize = 2 << 20;
 /// Says where all of the memory had better be.
-fn prefer(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
+pub(crate) fn prefer(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
     Ok(gpu.advise_location(memory.as_ptr(), memory.len(), place)?)
 }
 
 /// Brings all of the memory there.
-fn prefetch(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
+pub(crate) fn prefetch(gpu: &Gpu, memory: &Mapping, place: Location) -> Result<(), Failure> {
     Ok(gpu.prefetch(memory.as_ptr(), memory.len(), place)?)
 }
 
@@ -75,7 +75,7 @@ fn atomics(gpu: &Gpu, memory: &Mapping, how: Atomics) -> Result<(), Failure> {
 }
 
 /// How many pages of the memory are in a state.
-fn pages_in(gpu: &Gpu, memory: &Mapping, state: PageState) -> Result<usize, Failure> {
+pub(crate) fn pages_in(gpu: &Gpu, memory: &Mapping, state: PageState) -> Result<usize, Failure> {
     let pages = gpu.query(memory.as_ptr(), memory.len())?;
     Ok(pages.iter().filter(|page| page.state == state).count())
 }
@@ -85,13 +85,13 @@ fn pages_in_vram(gpu: &Gpu, memory: &Mapping) -> Result<usize, Failure> {
     pages_in(gpu, memory, PageState::Vram)
 }
 
-/// What is at an offset of the pattern.
-fn pattern(seed: u64, word: usize) -> u64 {
+/// The word of the pattern with that index.
+pub(crate) fn pattern(seed: u64, word: usize) -> u64 {
     (word as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed
 }
 
 /// Memory in huge pages or small ones, aligned, with that many huge pages' worth.
-fn memory_of(count: usize, advice: i32) -> Result<Mapping, Failure> {
+pub(crate) fn memory_of(count: usize, advice: i32) -> Result<Mapping, Failure> {
     let anywhere = Mapping::anonymous((count + 1) * HUGE / 4096)?;
     let start = anywhere.as_ptr().addr().next_multiple_of(HUGE);
     drop(anywhere);
@@ -105,7 +105,7 @@ fn memory_of(count: usize, advice: i32) -> Result<Mapping, Failure> {
     Ok(memory)
 }
 
-fn fill(memory: &Mapping, seed: u64) {
+pub(crate) fn fill(memory: &Mapping, seed: u64) {
     for word in 0..memory.len() / 8 {
         memory
             .atomic(word * 8)
@@ -113,7 +113,7 @@ fn fill(memory: &Mapping, seed: u64) {
     }
 }
 
-fn check(memory: &Mapping, seed: u64) -> Result<(), Failure> {
+pub(crate) fn check(memory: &Mapping, seed: u64) -> Result<(), Failure> {
     check_part(memory, 0, memory.len(), seed)
 }
 
@@ -126,7 +126,7 @@ fn check_part(memory: &Mapping, offset: usize, length: usize, seed: u64) -> Resu
 }
 
 /// Has the GPU copy the memory, which brings it to VRAM, and looks at the copy.
-fn copy_and_check(gpu: &Gpu, memory: &Mapping, seed: u64) -> Result<(), Failure> {
+pub(crate) fn copy_and_check(gpu: &Gpu, memory: &Mapping, seed: u64) -> Result<(), Failure> {
     let copy = Mapping::anonymous(memory.pages())?;
     execute_ok(
         gpu,
@@ -640,11 +640,15 @@ fn atomic_operations_on_exclusive_pages() -> TestResult {
     PASSED
 }
 
-/// The CPU and the GPU count up the same number.
 fn contend(how: Atomics) -> TestResult {
     let gpu = open()?;
     let memory = page_with(0)?;
     atomics(&gpu, &memory, how)?;
+    count_together(&gpu, &memory).map(|()| Outcome::Passed)
+}
+
+/// The CPU and the GPU count up the same number, which is zero.
+pub(crate) fn count_together(gpu: &Gpu, memory: &Mapping) -> Result<(), Failure> {
     let done = AtomicBool::new(false);
     let (by_gpu, by_cpu) = std::thread::scope(|scope| {
         let cpu = scope.spawn(|| {
@@ -659,7 +663,7 @@ fn contend(how: Atomics) -> TestResult {
         let gpu_side = || -> Result<u64, Failure> {
             let mut count = 0;
             while Instant::now() < until {
-                let work = submit(&gpu, &[add(&memory, 1).repeat(1000)])?;
+                let work = submit(gpu, &[add(memory, 1).repeat(1000)])?;
                 let completion = gpu.wait(work, soon())?;
                 ensure_eq!(completion.status, Status::Ok, "{completion:?}");
                 count += 1000;
@@ -675,8 +679,8 @@ fn contend(how: Atomics) -> TestResult {
         by_gpu > 0 && by_cpu > 0,
         "{by_gpu} by the GPU and {by_cpu} by the CPU"
     );
-    ensure_eq!(value(&memory), by_gpu + by_cpu, "the number");
-    PASSED
+    ensure_eq!(value(memory), by_gpu + by_cpu, "the number");
+    Ok(())
 }
 
 fn vram_accounting_is_the_same_after_a_round_trip() -> TestResult {
