@@ -53,7 +53,7 @@ use kernel::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
     workqueue::{Work, WorkItem},
 };
 
@@ -431,6 +431,7 @@ impl AddressSpace {
             return Err(Error::from_errno(doomed));
         }
         let mut outcome = Err(EAGAIN);
+        let begin = Instant::<Monotonic>::now();
         for attempt in 0..ATTEMPTS {
             if self.is_closing() {
                 return Err(ESRCH);
@@ -439,10 +440,7 @@ impl AddressSpace {
             match outcome {
                 // Resolved with what was mapped for it, though not all of that came to pass.
                 _ if !batch.iter().any(|other| other.fault == fault) => return Ok(()),
-                Err(error) if error == EAGAIN || error == EBUSY => {
-                    let pause = 1i64 << attempt.min(10);
-                    fsleep(Delta::from_micros(pause));
-                }
+                Err(error) if error == EAGAIN || error == EBUSY => pause(attempt, begin),
                 _ => break,
             }
         }
@@ -601,7 +599,7 @@ impl AddressSpace {
                 if policy.atomics == Atomics::Exclusive {
                     return self.make_exclusive(mm, sequence, va, batch);
                 }
-                return self.pin(mm, sequence, range, batch);
+                return self.pin(mm, sequence, range, policy, batch);
             }
             // Have it home first if another address space has it, for only one can; and if it may not be
             // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
@@ -717,11 +715,15 @@ impl AddressSpace {
     ///
     /// The replay is waited for before the migration is finished: until then a CPU access waits, so that the
     /// GPU gets at least the access done for which it has asked.
+    ///
+    /// Migrations home that were under way when the sequence began are over once the pages are unmapped and locked: they do not count.
+    /// Else the page would be handed over for nothing, and the CPU have to bring it home for nothing, which can repeat itself.
     fn pin(
         &self,
         mm: &MmWithUser,
-        sequence: Sequence<'_, Window>,
+        mut sequence: Sequence<'_, Window>,
         range: Range<usize>,
+        policy: Policy,
         batch: &mut Batch,
     ) -> Result {
         let memory = self.gpu.memory();
@@ -730,6 +732,12 @@ impl AddressSpace {
         let mut unmapped = migrate::setup_range(&mmap, range.clone(), self.actor(), Purpose::Pin)?;
         if unmapped.get(0).is_none() {
             return Err(EBUSY);
+        }
+        sequence.forget_revocations();
+        // What a program says about its memory is a revocation too, which comes after what it has said can be read here.
+        let (current, alike) = self.advice.get(range.start);
+        if current != policy || alike.end < range.end {
+            return Err(EAGAIN);
         }
         for index in 0..unmapped.len() {
             if unmapped.get(index).is_none() {
@@ -977,6 +985,16 @@ impl AddressSpace {
 
 /// How often a piece is tried to be prefetched.
 const PREFETCH_ATTEMPTS: usize = 3;
+
+/// Lets others go on after so many attempts in vain since `begin`: for longer each time, up to a millisecond, and not in step
+/// with somebody who is in the same situation. Two GPUs that want the same page would otherwise take it from each other for
+/// ever.
+fn pause(attempt: u32, begin: Instant<Monotonic>) {
+    let longest = 1i64 << attempt.min(10);
+    // Half of it, and a part of the other half: the low bits of how long something took are as good as random ones for this.
+    let jitter = begin.elapsed().as_nanos() % (longest * 500 + 1);
+    fsleep(Delta::from_nanos(longest * 500 + jitter));
+}
 
 /// Sorts by address. (There are few; what `core` has for it is much code, and objtool does not like it.)
 fn sort(batch: &mut [abi::EventRecord]) {

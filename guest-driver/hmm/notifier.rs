@@ -11,6 +11,7 @@
 //!   begin() -> Sequence --(read the CPU's page table)--> Sequence::commit() -> guard, or Stale: start again
 //!   revoke() -> guard                                    (to take away, which needs no reading)
 //!   revoke_within(sequence) -> guard                     (the same, as part of what the sequence is for)
+//!   forget_revocations(sequence)                         (those until now do not count: nobody can get at the pages)
 //! ```
 //!
 //! The callback gets the state under the same lock. So an entry can be put into the mirror only by someone
@@ -136,6 +137,15 @@ impl<'a, M: Mirror> Sequence<'a, M> {
     /// after this sequence began. Revocations count from the first beginning on.
     pub(super) fn begin_again(&mut self, kernel: usize) {
         self.kernel = kernel;
+    }
+
+    /// [`IntervalNotifier::revoke`]s until now do not make this stale any more; changes that the kernel reports still do.
+    ///
+    /// For whoever has unmapped and locked all pages that are going to be committed, and found them where they belong. What
+    /// others have taken out of the mirror before is out of it, since they did that under its lock; and nobody can have
+    /// begun to take these pages home, who would need their locks.
+    pub(crate) fn forget_revocations(&mut self) {
+        self.revocations = self.notifier.state.lock().revocations;
     }
 
     /// Whether `mm` is the address space that this reads.

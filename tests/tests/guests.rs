@@ -12,6 +12,8 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use pinion_tests::measurement::{self, Row};
+
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
 
@@ -339,6 +341,108 @@ fn device_loss(guest: Guest) {
     ended.must_succeed();
 }
 
+/// A quick run of the measurements. It checks the data itself; what matters here is that nothing is missing, and what crosses the
+/// bus. Never how long anything took.
+fn measurements(guest: Guest) {
+    let guest = Guest {
+        options: &["--rings", "5"],
+        ..guest
+    };
+    let ended = guest.run(&["measure", "take", "--quick"]).must_succeed();
+    let rows =
+        measurement::parse(&ended.stdout()).unwrap_or_else(|error| panic!("{error}\n{}", ended.everything()));
+    let counts: Vec<_> = rows
+        .iter()
+        .filter_map(|row| match row {
+            Row::Count(count) => Some(count),
+            _ => None,
+        })
+        .collect();
+    // The page must not call these missed, on whatever machine it is made.
+    let trips = |part: &str| -> Vec<f64> {
+        let those = counts.iter().filter(|count| count.name.contains(part));
+        those.map(|count| count.round_trips).collect()
+    };
+    for way in [
+        "to VRAM by a prefetch",
+        "home by a prefetch",
+        "to VRAM by faults of the GPU",
+    ] {
+        let trips = trips(way);
+        assert_eq!(trips.len(), 2, "{way}, in small pages and as a folio");
+        assert!(
+            trips.iter().all(|trips| (1.0..=3.0).contains(trips)),
+            "{way}: {trips:?}"
+        );
+    }
+    let folio = trips("2 MiB folios, home by faults of the CPU");
+    assert!(folio.len() == 1 && (1.0..=3.0).contains(&folio[0]), "{folio:?}");
+    let beside = [
+        trips("where the GPU has never been"),
+        trips("of which the GPU maps another page"),
+    ]
+    .concat();
+    assert_eq!(
+        beside, [0.0; 6],
+        "round trips for changes where the GPU maps nothing"
+    );
+    // So it is not that nothing is counted.
+    assert_eq!(trips("of 16 pages that the GPU maps"), [1.0]);
+    for way in ["one at a time", "rings at a time"] {
+        let faults: Vec<_> = counts.iter().filter(|count| count.name.contains(way)).collect();
+        assert_eq!(faults.len(), 1, "{way}");
+        assert_eq!(faults[0].faults, 1.0, "{way}");
+    }
+
+    let mut shapes = Vec::new();
+    let mut contentions = Vec::new();
+    let mut ratios = 0;
+    for row in &rows {
+        match row {
+            Row::Handover(row) => {
+                shapes.push((row.mechanism.as_str(), row.pages, row.folio));
+                let expected = if row.mechanism == "migrate" {
+                    2 * 4096 * row.pages as u64
+                } else {
+                    0
+                };
+                assert_eq!(row.moved, expected, "bytes that were copied: {row:?}");
+                assert!(row.acquire_trips >= 1.0 && row.release_trips >= 1.0, "{row:?}");
+                assert_eq!(
+                    row.release_at_once.is_some(),
+                    row.mechanism != "exclusive",
+                    "{row:?}"
+                );
+                if row.mechanism == "pin" {
+                    // One to map them all and let the GPU go on, one to invalidate.
+                    assert_eq!(
+                        (row.acquire_trips, row.release_at_once_trips),
+                        (1.0, Some(1.0)),
+                        "{row:?}"
+                    );
+                }
+            }
+            Row::Contention(row) => {
+                contentions.push((row.mechanism.as_str(), row.percent));
+                assert!(row.cpu > 0.0, "{row:?}");
+            }
+            Row::Ratio(row) => {
+                ratios += 1;
+                assert!(row.ratio.median > 0.0 && row.reference > 0.0, "{row:?}");
+            }
+            Row::Count(_) | Row::Machine(_) => {}
+        }
+    }
+    let mechanisms = ["pin", "exclusive", "migrate"];
+    let expected = [(1, false), (16, false), (512, false), (512, true)]
+        .map(|(pages, folio)| mechanisms.map(|mechanism| (mechanism, pages, folio)));
+    assert_eq!(shapes, expected.concat());
+    let expected = mechanisms.map(|mechanism| [0, 1, 10, 50, 100].map(|percent| (mechanism, percent)));
+    assert_eq!(contentions, expected.concat());
+    // 24 of migrations, 3 of faults, 4 of submissions, 7 of changes of the page table, 14 of exclusive access.
+    assert_eq!(ratios, 52);
+}
+
 macro_rules! on_each_kernel {
     ($($name:ident)*) => {
         mod pin {
@@ -350,33 +454,26 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times device_loss }
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples demonstration contention_ten_times measurements device_loss }
 
 /// Whether it finds what is to be found, not how fast.
-///
-/// Not part of the usual run yet. Under emulation this kernel has twice reported a wild access of its own while it booted, before there
-/// was a driver, and `atomic_operations_on_exclusive_pages` has once counted fewer exclusive pages than it expects.
 mod debug {
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests() {
         super::guest_tests(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests_in_small_vram() {
         super::guest_tests_in_small_vram(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn guest_tests_with_two_gpus() {
         super::guest_tests_with_two_gpus(super::DEBUG);
     }
 
     #[test]
-    #[ignore = "not reliable yet: `cargo test -p pinion-tests --test guests -- --ignored`"]
     fn device_loss() {
         super::device_loss(super::DEBUG);
     }
