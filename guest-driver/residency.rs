@@ -180,6 +180,8 @@ struct Journey<'a> {
     transfers: Transfers,
     /// Whoever closes one of these contexts waits for us.
     leaving: KVec<(u32, Leaving<'a>)>,
+    /// Whether the next allocation is to fail: not known before the first.
+    failing: Option<bool>,
 }
 
 impl<'a> Journey<'a> {
@@ -195,6 +197,7 @@ impl<'a> Journey<'a> {
             travellers: KVVec::with_capacity(count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(copies).map_err(|_| Trouble::NoMemory)?,
             leaving: KVec::new(),
+            failing: None,
         })
     }
 
@@ -227,6 +230,27 @@ impl<'a> Journey<'a> {
         Ok(())
     }
 
+    /// Allocates memory of the system for `page`, unless the address space that has it was told to let that fail.
+    fn allocate(
+        &mut self,
+        unmapped: &Unmapped<'_>,
+        page: DevicePage,
+        index: usize,
+        order: u32,
+    ) -> Option<NewSystemPage> {
+        let memory = self.memory;
+        let fails = self.failing.get_or_insert_with(|| {
+            let space = memory
+                .get(page)
+                .and_then(|(_, mapped)| memory.handler().contexts.get(mapped.context));
+            space.is_some_and(|space| space.take_failure())
+        });
+        if core::mem::take(fails) {
+            return None;
+        }
+        unmapped.allocate(index, order)
+    }
+
     /// Takes a folio in VRAM out of the table, and finds room for it at home.
     fn take_vram(
         &mut self,
@@ -238,7 +262,7 @@ impl<'a> Journey<'a> {
         let memory = self.memory;
         let large = match source.order {
             0 => None,
-            order => unmapped.allocate(source.index, order),
+            order => self.allocate(unmapped, page, source.index, order),
         };
         let order = if large.is_some() { source.order } else { 0 };
         let mut large = large;
@@ -247,7 +271,7 @@ impl<'a> Journey<'a> {
         for (index, page) in (source.index..).zip(pages) {
             let first_of_piece = order == 0 || index == source.index;
             if first_of_piece {
-                let new = large.take().or_else(|| unmapped.allocate(index, 0));
+                let new = large.take().or_else(|| self.allocate(unmapped, page, index, 0));
                 // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
                 let Some(new) = new else {
                     if index == source.index {
@@ -633,9 +657,15 @@ impl Residency {
 
     /// Brings home what is in VRAM, while the device can still copy it. Nothing gets there any more.
     pub(crate) fn evacuate(gpu: &Gpu) {
+        gpu.memory().close_device();
+        let _ = Self::vacate(gpu, ROUNDS);
+    }
+
+    /// Brings home what is in VRAM, whoever has it there, in `rounds` at most. Says whether it is all home, which it need not stay.
+    /// Takes locks of processes: none of any process may be held.
+    pub(crate) fn vacate(gpu: &Gpu, rounds: usize) -> bool {
         let memory = gpu.memory();
-        memory.close_device();
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             for block in memory.blocks_in_use() {
                 Self::evict(gpu, block, Which::Vram);
                 if memory.used_in(block) == 0 || gpu.is_lost() {
@@ -646,11 +676,15 @@ impl Residency {
                     let _ = Self::bring_home(memory, unmapped, Which::Vram);
                 }
             }
-            if memory.used() == 0 || gpu.is_lost() {
-                return;
+            if memory.used() == 0 {
+                return true;
+            }
+            if gpu.is_lost() {
+                return false;
             }
             fsleep(PAUSE);
         }
+        false
     }
 
     /// Has what is unmapped represented by pages on which the CPU faults, and finds nothing. Returns how many.
