@@ -13,7 +13,12 @@
 //! - READ, WRITE: the page is *mirrored*: the CPU keeps its mapping, and a change of that is followed. Or it is moved to
 //!   VRAM, with all there is in its window, if that is where it had better be.
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
-//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
+//!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. In VRAM that the CPU sees, the two share it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
+
+pub(crate) mod explicit;
+mod observation;
+
+pub(crate) use self::observation::Observation;
 
 use crate::{
     abi,
@@ -24,13 +29,13 @@ use crate::{
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
         exclusive::ExclusivePage,
-        memory::{self, Data, NewDevicePage},
+        memory::{self, Data, DevicePage, Kind, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
         page::Pfn,
         range::{read_page, read_range, Found, Wanted},
     },
-    residency::{Mapped, Residency, Trouble},
+    residency::{Mapped, Residency, Trouble, Which},
     submission::Submissions,
     sync::ModuleQueue,
     trace, uapi,
@@ -48,7 +53,7 @@ use kernel::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
     workqueue::{Work, WorkItem},
 };
 
@@ -140,6 +145,11 @@ pub(crate) struct AddressSpace {
     closed: Atomic<bool>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
     doomed: Atomic<i32>,
+    /// What is known of accesses to come, and wanted to be known of their faults.
+    #[pin]
+    observation: Observation,
+    /// The next allocation of memory for a page that moves is to fail.
+    failing: Atomic<bool>,
     /// Its work.
     submissions: Arc<Submissions>,
     statistics: Arc<Statistics>,
@@ -207,6 +217,8 @@ impl AddressSpace {
                 handling <- new_mutex!(batch, "AddressSpace::handling"),
                 closed: Atomic::new(false),
                 doomed: Atomic::new(0),
+                observation <- Observation::new(),
+                failing: Atomic::new(false),
                 submissions,
                 statistics,
             }),
@@ -287,7 +299,8 @@ impl AddressSpace {
             .vma_lookup(va)
             .filter(|vma| vma.start() <= va)
             .ok_or(EFAULT)?;
-        let ours = [self.actor(), self.gpu.memory().owner()];
+        // What becomes of coherent pages has to be heard, whoever does it.
+        let ours = [self.actor(), self.private()];
         let window = Window::new(&self.gpu, self.context, base, ours, &self.statistics);
         let window = IntervalNotifier::new(mm, base..base + WINDOW_SIZE, window)?;
         let node = RBTreeNode::new(base, window.clone(), GFP_KERNEL)?;
@@ -317,6 +330,11 @@ impl AddressSpace {
         Owner::of(Arc::as_ptr(&self.statistics))
     }
 
+    /// The owner of the device-private pages of this GPU.
+    fn private(&self) -> Owner {
+        self.gpu.memory().private_owner()
+    }
+
     /// Takes what is in `range` away from the GPU.
     pub(crate) fn revoke(&self, range: Range<usize>) {
         let mut base = range.start & !(WINDOW_SIZE - 1);
@@ -326,11 +344,11 @@ impl AddressSpace {
         }
     }
 
-    /// Brings home what is in `range`, and what is pinned there too if that is wanted, if the process is still there. With
-    /// `wait`, waits for its mmap_lock. Returns how many pages have come home.
-    pub(crate) fn home(&self, range: Range<usize>, pinned: bool, wait: bool) -> Result<usize, Trouble> {
+    /// Brings home those pages in `range`, if the process is still there. With `wait`, waits for its mmap_lock. Returns how many
+    /// pages have come home.
+    pub(crate) fn home(&self, range: Range<usize>, which: Which, wait: bool) -> Result<usize, Trouble> {
         let mm = self.mm.mmget_not_zero().ok_or(Trouble::Busy)?;
-        Residency::home(self.gpu.memory(), &mm, range, pinned, wait)
+        Residency::home(self.gpu.memory(), &mm, range, which, wait)
     }
 
     /// The GPU that it is on.
@@ -359,6 +377,7 @@ impl AddressSpace {
         }
         self.statistics.faults.add(batch.len() as i64, Relaxed);
         for fault in batch.iter() {
+            self.observation.count(fault);
             trace::fault(
                 self.gpu.number(),
                 self.context,
@@ -385,6 +404,9 @@ impl AddressSpace {
         let Some(fault) = batch.first().copied() else {
             return;
         };
+        if let Some(rest) = self.observation.ahead(&fault) {
+            self.map_ahead(&fault, rest);
+        }
         let Err(error) = self.persist(batch, fault.fault) else {
             return;
         };
@@ -409,6 +431,7 @@ impl AddressSpace {
             return Err(Error::from_errno(doomed));
         }
         let mut outcome = Err(EAGAIN);
+        let begin = Instant::<Monotonic>::now();
         for attempt in 0..ATTEMPTS {
             if self.is_closing() {
                 return Err(ESRCH);
@@ -417,10 +440,7 @@ impl AddressSpace {
             match outcome {
                 // Resolved with what was mapped for it, though not all of that came to pass.
                 _ if !batch.iter().any(|other| other.fault == fault) => return Ok(()),
-                Err(error) if error == EAGAIN || error == EBUSY => {
-                    let pause = 1i64 << attempt.min(10);
-                    fsleep(Delta::from_micros(pause));
-                }
+                Err(error) if error == EAGAIN || error == EBUSY => pause(attempt, begin),
                 _ => break,
             }
         }
@@ -468,20 +488,27 @@ impl AddressSpace {
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
         let window = self.window(&mm, va)?;
         let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
-        let vram = match policy.atomics {
-            Atomics::Migrate if atomic => true,
-            Atomics::Auto => policy.location == Location::Vram,
-            _ => !atomic && policy.location == Location::Vram,
-        };
         let must = atomic && policy.atomics == Atomics::Migrate;
-        if vram && self.has_vram() && self.is_at_home(&mm, &window, va)? {
+        let vram = match policy.atomics {
+            Atomics::Auto => self.kind_for(policy.location),
+            _ if !atomic => self.kind_for(policy.location),
+            Atomics::Migrate => self
+                .kind_for(policy.location)
+                .or_else(|| self.kind_for(Location::Vram)),
+            _ => None,
+        };
+        let vram = match vram {
+            Some(kind) if self.is_at_home(&mm, &window, va)? => Some(kind),
+            _ => None,
+        };
+        if let Some(kind) = vram {
             let base = va & !(WINDOW_SIZE - 1);
             let around = base.max(alike.start)..(base + WINDOW_SIZE).min(alike.end);
-            let mut result = self.to_vram(&mm, &window, around.clone(), wanted.clone(), batch);
+            let mut result = self.to_vram(&mm, &window, kind, around.clone(), wanted.clone(), batch);
             if result == Err(EBUSY) && !must && batch.iter().any(|other| other.fault == fault.fault) {
                 // Whether it worked shows in what comes next.
                 let _ = self.bring_near(&mm, &window, wanted.clone());
-                result = self.to_vram(&mm, &window, around, wanted.clone(), batch);
+                result = self.to_vram(&mm, &window, kind, around, wanted.clone(), batch);
             }
             match result {
                 Ok(()) | Err(EAGAIN) => return result,
@@ -503,20 +530,32 @@ impl AddressSpace {
     /// Brings the pages of `range`, which is a part of one window, to where they can be moved from: they may be swapped out, or in
     /// the VRAM of another GPU.
     fn bring_near(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
-        let owner = Some(self.gpu.memory().owner());
+        let owner = Some(self.private());
         read_range(&mut window.begin(), mm, range, Wanted::Read, owner).map(drop)
     }
 
-    /// Whether pages can be moved to VRAM.
-    pub(crate) fn has_vram(&self) -> bool {
-        self.gpu.memory().usage().total > 0
+    /// Which part of VRAM pages are moved to that had better be there, if there is such a part. What is said to be in VRAM, and no
+    /// more, is out of the CPU's sight, unless the CPU sees all of it.
+    fn kind_for(&self, location: Location) -> Option<Kind> {
+        let memory = self.gpu.memory();
+        let has = |kind: &Kind| memory.usage(*kind).total > 0;
+        match location {
+            Location::Anywhere | Location::System => None,
+            Location::Vram => Kind::ALL.into_iter().find(has),
+            Location::Aperture => Some(Kind::Coherent).filter(has),
+        }
     }
 
     /// Whether the page at `va` is the system's, or nowhere.
     fn is_at_home(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, va: usize) -> Result<bool> {
-        let owner = self.gpu.memory().owner();
-        let found = read_page(&mut window.begin(), mm, va, Wanted::Nothing, Some(owner))?;
-        Ok(!matches!(found, Found::Device { .. }))
+        let owner = Some(self.private());
+        Ok(
+            match read_page(&mut window.begin(), mm, va, Wanted::Nothing, owner)? {
+                Found::Device { .. } => false,
+                Found::Coherent { page, .. } => self.gpu.memory().kind(page).is_none(),
+                Found::Nothing | Found::System { .. } => true,
+            },
+        )
     }
 
     /// Maps what is in `range`, which is a part of one window, without moving it. An error means that the first page could not
@@ -535,7 +574,7 @@ impl AddressSpace {
         let atomic = fault.access & abi::ACCESS_ATOMIC != 0;
         let write = fault.access & (abi::ACCESS_WRITE | abi::ACCESS_ATOMIC) != 0;
         let wanted = if write { Wanted::Write } else { Wanted::Read };
-        let owner = Some(memory.owner());
+        let owner = Some(self.private());
         let mut sequence = window.begin();
         let mut range = range;
         let mut pages = match read_range(&mut sequence, mm, range.clone(), wanted, owner) {
@@ -560,7 +599,7 @@ impl AddressSpace {
                 if policy.atomics == Atomics::Exclusive {
                     return self.make_exclusive(mm, sequence, va, batch);
                 }
-                return self.pin(mm, sequence, range, batch);
+                return self.pin(mm, sequence, range, policy, batch);
             }
             // Have it home first if another address space has it, for only one can; and if it may not be
             // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
@@ -574,7 +613,11 @@ impl AddressSpace {
                     return Err(EAGAIN);
                 }
             }
-            Found::System { .. } => {}
+            // Its operations are atomic there for the CPU as well. In another GPU's memory they are not.
+            Found::Coherent { page, .. } if exclusive && memory.kind(page).is_none() => {
+                return Err(EOPNOTSUPP);
+            }
+            Found::System { .. } | Found::Coherent { .. } => {}
         }
         if pages.is_huge(0) && range.len() < WINDOW_SIZE {
             // What is mapped as one on that side can be on this one, and costs no more.
@@ -586,7 +629,15 @@ impl AddressSpace {
         let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
         for (index, entry) in entries.iter_mut().enumerate() {
             let va = range.start + index * PAGE_SIZE;
-            *entry = match pages.get(index) {
+            let found = match pages.get(index) {
+                // To us, the memory of another GPU is like the system's.
+                Found::Coherent { page, writable } if memory.kind(page).is_none() => Found::System {
+                    pfn: page.pfn(),
+                    writable,
+                },
+                other => other,
+            };
+            *entry = match found {
                 Found::System { pfn, writable, .. } if !exclusive && (writable || !write) => {
                     let mut rights = u64::from(guard.rights(va)) | abi::PTE_READ;
                     if write {
@@ -599,20 +650,13 @@ impl AddressSpace {
                     }
                     pfn.address() | rights | abi::PTE_VALID
                 }
-                Found::Device { page, writable, .. } if writable || !write => {
-                    let mine = Mapped {
-                        context: self.context,
-                        va,
-                    };
-                    let Some((place, _)) = memory.get(page) else {
-                        continue;
-                    };
-                    // Another migration home, of which this window knows nothing, may have come first.
-                    let current = |mapped: &Mapped| mapped.context == self.context;
-                    if !memory.update(page, place, current, mine) {
-                        continue;
+                Found::Coherent { page, writable } | Found::Device { page, writable, .. }
+                    if writable || !write =>
+                {
+                    match self.device_entry(page, writable, va) {
+                        Some(entry) => entry,
+                        None => continue,
                     }
-                    place_entry(place) | rights_of(writable) | abi::PTE_VALID
                 }
                 _ => continue,
             };
@@ -625,6 +669,27 @@ impl AddressSpace {
         let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
         self.statistics.mirrors.add(count as i64, Relaxed);
         map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// The entry for a page of this GPU, which is at `va` from now on; none if it has begun to go home, or if it is
+    /// device-private and another address space's. The window is locked.
+    fn device_entry(&self, page: DevicePage, writable: bool, va: usize) -> Option<u64> {
+        let memory = self.gpu.memory();
+        let mine = Mapped {
+            context: self.context,
+            va,
+        };
+        let (place, _) = memory.get(page)?;
+        let coherent = memory.kind(page) == Some(Kind::Coherent);
+        // Another migration home, of which the window knows nothing, may have come first.
+        let current = |mapped: &Mapped| coherent || mapped.context == self.context;
+        if !memory.update(page, place, current, mine) {
+            return None;
+        }
+        if coherent && writable {
+            page.pfn().mark_dirty();
+        }
+        Some(place_entry(place)? | rights_of(writable) | abi::PTE_VALID)
     }
 
     /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
@@ -650,11 +715,15 @@ impl AddressSpace {
     ///
     /// The replay is waited for before the migration is finished: until then a CPU access waits, so that the
     /// GPU gets at least the access done for which it has asked.
+    ///
+    /// Migrations home that were under way when the sequence began are over once the pages are unmapped and locked: they do not count.
+    /// Else the page would be handed over for nothing, and the CPU have to bring it home for nothing, which can repeat itself.
     fn pin(
         &self,
         mm: &MmWithUser,
-        sequence: Sequence<'_, Window>,
+        mut sequence: Sequence<'_, Window>,
         range: Range<usize>,
+        policy: Policy,
         batch: &mut Batch,
     ) -> Result {
         let memory = self.gpu.memory();
@@ -663,6 +732,12 @@ impl AddressSpace {
         let mut unmapped = migrate::setup_range(&mmap, range.clone(), self.actor(), Purpose::Pin)?;
         if unmapped.get(0).is_none() {
             return Err(EBUSY);
+        }
+        sequence.forget_revocations();
+        // What a program says about its memory is a revocation too, which comes after what it has said can be read here.
+        let (current, alike) = self.advice.get(range.start);
+        if current != policy || alike.end < range.end {
+            return Err(EAGAIN);
         }
         for index in 0..unmapped.len() {
             if unmapped.get(index).is_none() {
@@ -702,7 +777,7 @@ impl AddressSpace {
         result
     }
 
-    /// Moves the pages in `range`, which is a part of one window, to VRAM, and gives them to the GPU. Where there is nothing yet
+    /// Moves the pages in `range`, which is a part of one window, to VRAM of that kind, and gives them to the GPU. Where there is nothing yet
     /// something comes into being only if it is in `wanted` (or would be part of the same huge page).
     ///
     /// The replay is waited for before the migration is finished, as in [`Self::pin`].
@@ -714,12 +789,13 @@ impl AddressSpace {
         &self,
         mm: &MmWithUser,
         window: &IntervalNotifier<Window>,
+        kind: Kind,
         range: Range<usize>,
         wanted: Range<usize>,
         batch: &mut Batch,
     ) -> Result {
         // With no lock held.
-        Residency::make_room(&self.gpu, range.len() / PAGE_SIZE);
+        Residency::make_room(&self.gpu, kind, range.len() / PAGE_SIZE);
         let memory = self.gpu.memory();
         let mut sequence = window.begin();
         let mmap = mm.mmap_read_lock();
@@ -734,8 +810,9 @@ impl AddressSpace {
         // Our own migration is not reported to us. The GPU must not write to what is about to be copied.
         window.revoke_within(&mut sequence).take_back(range.clone());
         let mut plan = Plan::new(unmapped.len())?;
+        plan.failing = self.take_failure();
         let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
-        plan.fill(memory, &mut unmapped, page(wanted.start)..page(wanted.end))?;
+        plan.fill(memory, kind, &mut unmapped, page(wanted.start)..page(wanted.end))?;
         if plan.count == 0 {
             // EBUSY if there is nothing that could be moved.
             return Err(unmapped.sources().next().map_or(EBUSY, |_| ENOSPC));
@@ -792,9 +869,10 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM.
+    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM. ENODEV: the device is lost.
     pub(crate) fn prefetch(&self, range: Range<usize>, location: Location) -> Result {
-        if location == Location::Vram && !self.has_vram() {
+        let kind = self.kind_for(location);
+        if kind.is_none() && location != Location::System {
             return Err(EOPNOTSUPP);
         }
         let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
@@ -803,15 +881,22 @@ impl AddressSpace {
             if kernel::current!().signal_pending() {
                 return Err(EINTR);
             }
+            if self.gpu.is_lost() {
+                return Err(ENODEV);
+            }
             let end = ((start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE).min(range.end);
             let piece = start..end;
             start = end;
-            if location == Location::Vram {
+            if let Some(kind) = kind {
+                if location == Location::Aperture {
+                    // It does not help where it is, and there is no way from there but through here.
+                    let _ = self.home(piece.clone(), Which::Only(Kind::Private), true);
+                }
                 let Ok(window) = self.window(&mm, piece.start) else {
                     continue;
                 };
                 for attempt in 0..PREFETCH_ATTEMPTS {
-                    match self.to_vram(&mm, &window, piece.clone(), piece.clone(), &mut KVec::new()) {
+                    match self.to_vram(&mm, &window, kind, piece.clone(), piece.clone(), &mut KVec::new()) {
                         Err(EAGAIN) => {}
                         // What cannot even be read stays where it is.
                         Err(EBUSY) if attempt == 0 => {
@@ -820,8 +905,98 @@ impl AddressSpace {
                         _ => break,
                     }
                 }
-            } else if self.home(piece, true, true) == Err(Trouble::NoMemory) {
-                return Err(ENOMEM);
+            } else {
+                if self.home(piece.clone(), Which::All, true) == Err(Trouble::NoMemory) {
+                    return Err(ENOMEM);
+                }
+                if let Ok(window) = self.window(&mm, piece.start) {
+                    // If something comes in between then the GPU asks for it.
+                    let _ = self.mirror(&mm, &window, piece);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what is in `range`, which is a part of one window, of the system's memory for the GPU, so that it need not ask for it.
+    /// What cannot be had without waiting is left out.
+    fn mirror(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
+        let mut sequence = window.begin();
+        let pages = read_range(
+            &mut sequence,
+            mm,
+            range.clone(),
+            Wanted::Nothing,
+            Some(self.private()),
+        )?;
+        let mut entries = KVec::from_elem(0, pages.len(), GFP_KERNEL)?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        let mut count = 0;
+        for (index, entry) in entries.iter_mut().enumerate() {
+            let Found::System { pfn, writable } = pages.get(index) else {
+                continue;
+            };
+            let rights = u64::from(guard.rights(range.start + index * PAGE_SIZE));
+            *entry = pfn.address() | rights | abi::PTE_READ | abi::PTE_VALID;
+            // What belongs to a file is not to be written back for nothing.
+            if writable && migrate::is_anonymous(pfn) {
+                pfn.mark_dirty();
+                *entry |= abi::PTE_WRITE;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        self.statistics.mirrors.add(count, Relaxed);
+        guard.map(range.start, &entries, &[])
+    }
+
+    /// Takes note that nobody needs what is in `range`: what is in VRAM, out of the CPU's sight, need not be copied when it
+    /// leaves, unless the GPU gets to it before.
+    ///
+    /// Only where the process may write: what it shares with a child is not its own to drop.
+    pub(crate) fn discard(&self, range: Range<usize>) -> Result {
+        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
+        let memory = self.gpu.memory();
+        let mut base = range.start & !(WINDOW_SIZE - 1);
+        while let Some((next, window)) = self.find_from(base, range.end) {
+            base = next + WINDOW_SIZE;
+            if kernel::current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let piece = next.max(range.start)..base.min(range.end);
+            for _ in 0..PREFETCH_ATTEMPTS {
+                let mut sequence = window.begin();
+                let owner = Some(self.private());
+                let pages = match read_range(&mut sequence, &mm, piece.clone(), Wanted::Nothing, owner) {
+                    Ok(pages) => pages,
+                    Err(error) if error == EAGAIN => continue,
+                    // Nothing that could be read is there.
+                    Err(_) => break,
+                };
+                let in_vram = |index: usize| match pages.get(index) {
+                    Found::Device { page, writable: true } => memory.kind(page).map(|_| page),
+                    _ => None,
+                };
+                if (0..pages.len()).all(|index| in_vram(index).is_none()) {
+                    break;
+                }
+                let Ok(mut guard) = sequence.commit() else {
+                    continue;
+                };
+                // It has to ask before it writes there again.
+                guard.take_back(piece.clone());
+                for index in 0..pages.len() {
+                    let mine = Mapped {
+                        context: self.context,
+                        va: piece.start + index * PAGE_SIZE,
+                    };
+                    if let Some(page) = in_vram(index) {
+                        memory.discard(page, |mapped| *mapped == mine);
+                    }
+                }
+                break;
             }
         }
         Ok(())
@@ -855,7 +1030,7 @@ impl AddressSpace {
             }
             let mut sequence = window.begin();
             let memory = self.gpu.memory();
-            let found = match read_page(&mut sequence, &mm, va, wanted, Some(memory.owner())) {
+            let found = match read_page(&mut sequence, &mm, va, wanted, Some(self.private())) {
                 Err(error) if error == EAGAIN => continue,
                 Err(_) if wanted == Wanted::Read => {
                     wanted = Wanted::Nothing;
@@ -875,10 +1050,11 @@ impl AddressSpace {
             let (state, pfn) = match found {
                 Found::Device { page, .. } => match memory.get(page) {
                     Some((memory::Place::Pinned(pfn), _)) => (uapi::PAGE_PINNED, Some(pfn)),
-                    Some((memory::Place::Device(_), _)) => (uapi::PAGE_VRAM, None),
+                    Some((memory::Place::Device(_) | memory::Place::Lost, _)) => (uapi::PAGE_VRAM, None),
                     None => (uapi::PAGE_CPU, None),
                 },
-                Found::System { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
+                Found::Coherent { page, .. } if memory.kind(page).is_some() => (uapi::PAGE_COHERENT, None),
+                Found::System { .. } | Found::Coherent { .. } if rights != 0 => (uapi::PAGE_MIRRORED, None),
                 // To look any closer would take it back.
                 Found::Nothing if guard.is_exclusive(va) => (uapi::PAGE_EXCLUSIVE, None),
                 Found::Nothing if rights != 0 => {
@@ -903,6 +1079,16 @@ impl AddressSpace {
 /// How often a piece is tried to be prefetched.
 const PREFETCH_ATTEMPTS: usize = 3;
 
+/// Lets others go on after so many attempts in vain since `begin`: for longer each time, up to a millisecond, and not in step
+/// with somebody who is in the same situation. Two GPUs that want the same page would otherwise take it from each other for
+/// ever.
+fn pause(attempt: u32, begin: Instant<Monotonic>) {
+    let longest = 1i64 << attempt.min(10);
+    // Half of it, and a part of the other half: the low bits of how long something took are as good as random ones for this.
+    let jitter = begin.elapsed().as_nanos() % (longest * 500 + 1);
+    fsleep(Delta::from_nanos(longest * 500 + jitter));
+}
+
 /// Sorts by address. (There are few; what `core` has for it is much code, and objtool does not like it.)
 fn sort(batch: &mut [abi::EventRecord]) {
     for end in 1..batch.len() {
@@ -923,11 +1109,12 @@ fn rights_of(writable: bool) -> u64 {
     }
 }
 
-/// Where a page table entry has to lead.
-fn place_entry(place: memory::Place) -> u64 {
+/// Where a page table entry has to lead, if there is something.
+fn place_entry(place: memory::Place) -> Option<u64> {
     match place {
-        memory::Place::Device(offset) => offset | abi::PTE_VRAM,
-        memory::Place::Pinned(pfn) => pfn.address(),
+        memory::Place::Device(offset) => Some(offset | abi::PTE_VRAM),
+        memory::Place::Pinned(pfn) => Some(pfn.address()),
+        memory::Place::Lost => None,
     }
 }
 
@@ -939,7 +1126,9 @@ fn map_and_replay(window: &mut Window, va: usize, entries: &[u64], batch: &mut B
         let entry = entries.get(page)?;
         // `ACCESS_*` are the bits of an entry, without VALID.
         let needed = u64::from(fault.access) << 1;
-        (entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
+        // An access that is still to come has no fault to be replayed.
+        let stalled = fault.fault != 0;
+        (stalled && entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
     };
     let mut faults = [0; MAX_REPLAYS];
     let mut count = 0;
@@ -960,6 +1149,8 @@ struct Plan {
     transfers: Transfers,
     /// How many pages.
     count: usize,
+    /// The next allocation is to fail.
+    failing: bool,
 }
 
 impl Plan {
@@ -969,13 +1160,28 @@ impl Plan {
             entries: KVec::from_elem(0, count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(count)?,
             count: 0,
+            failing: false,
         })
+    }
+
+    /// Takes a folio of VRAM.
+    fn allocate(
+        &mut self,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
+        order: u32,
+    ) -> Result<NewDevicePage> {
+        if core::mem::take(&mut self.failing) {
+            return Err(ENOSPC);
+        }
+        memory.allocate_device(kind, order)
     }
 
     /// Finds a place in VRAM for what is unmapped, as far as there is room.
     fn fill(
         &mut self,
-        memory: &memory::PrivateMemory<Residency>,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
         unmapped: &mut Unmapped<'_>,
         wanted: Range<usize>,
     ) -> Result {
@@ -991,7 +1197,7 @@ impl Plan {
                 _ => {}
             }
             if source.order > 0 {
-                if let Ok(block) = memory.allocate_device(BLOCK_ORDER) {
+                if let Ok(block) = self.allocate(memory, kind, BLOCK_ORDER) {
                     self.send(memory, unmapped, source, 0, block)?;
                     continue;
                 }
@@ -1000,7 +1206,7 @@ impl Plan {
                 // In pieces, then; the kernel wants all of them or none.
                 let mut pieces = KVec::with_capacity(BLOCK_PAGES, GFP_KERNEL)?;
                 for _ in 0..BLOCK_PAGES {
-                    let Ok(page) = memory.allocate_device(0) else {
+                    let Ok(page) = self.allocate(memory, kind, 0) else {
                         break;
                     };
                     pieces.push(page, GFP_KERNEL)?;
@@ -1013,7 +1219,7 @@ impl Plan {
                 continue;
             }
             for piece in 0..count {
-                let Ok(page) = memory.allocate_device(0) else {
+                let Ok(page) = self.allocate(memory, kind, 0) else {
                     return Ok(());
                 };
                 self.send(memory, unmapped, source, piece, page)?;
@@ -1025,7 +1231,7 @@ impl Plan {
     /// Sends the `piece`th page of the source, or all of it, to `page`.
     fn send(
         &mut self,
-        memory: &memory::PrivateMemory<Residency>,
+        memory: &memory::DeviceMemory<Residency>,
         unmapped: &mut Unmapped<'_>,
         source: Source,
         piece: usize,

@@ -34,6 +34,8 @@ pub(crate) enum Location {
     System,
     /// In VRAM.
     Vram,
+    /// In VRAM, where the CPU sees it.
+    Aperture,
 }
 
 /// Everything that has been said about a piece of memory.

@@ -11,7 +11,7 @@ use crate::{
     fence::{Progress, Waited, MAX_COMMANDS, MAX_SUBMISSIONS},
     fence_file::{self, FenceFile},
     gpu::Gpu,
-    hmm::migrate,
+    hmm::{memory::Kind, migrate},
     ring::{Fence, Request},
     submission::{Awaited, Submissions},
     uapi,
@@ -40,6 +40,9 @@ use kernel::{
     time::{ClockSource, Monotonic},
     uaccess::{UserPtr, UserSlice},
 };
+
+/// Bytes of a page.
+const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 
 /// An open file.
 #[pin_data(PinnedDrop)]
@@ -77,24 +80,7 @@ impl MiscDevice for FileHandle {
     fn open(_file: &File, device: &MiscDeviceRegistration<Self>) -> Result<Pin<KBox<Self>>> {
         // SAFETY: This is `open`, and `Gpu` is what registers this type.
         let gpu = unsafe { CharDevice::<Self, Arc<Gpu>>::data_of(device) };
-        if gpu.is_lost() {
-            return Err(ENODEV);
-        }
-        let current = current!();
-        let mm: &Mm = current.mm().ok_or(ESRCH)?;
-        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
-        let progress = Progress::new()?;
-        KBox::pin_init(
-            pin_init!(Self {
-                gpu: gpu.clone(),
-                number: FILES.fetch_add(1, Relaxed) + 1,
-                mm: mm.into(),
-                statistics,
-                progress,
-                space <- new_mutex!(None, "FileHandle::space"),
-            }),
-            GFP_KERNEL,
-        )
+        KBox::pin_init(Self::new(gpu)?, GFP_KERNEL)
     }
 
     // Structures have the same layout for 32-bit callers, whose pointers the `kernel` crate's `compat_ioctl` extends.
@@ -161,7 +147,7 @@ fn read_array<T: FromBytes + IntoBytes + zerocopy::Immutable>(pointer: u64, coun
 }
 
 /// A page-aligned range of user addresses.
-fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
+pub(crate) fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
     let end = address.checked_add(length).ok_or(EINVAL)?;
     if length == 0 || address % abi::PAGE_SIZE != 0 || length % abi::PAGE_SIZE != 0 || end > abi::VA_END {
         return Err(EINVAL);
@@ -170,6 +156,30 @@ fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
 }
 
 impl FileHandle {
+    /// One that the current process has opened.
+    ///
+    /// # Errors
+    ///
+    /// ENODEV: the device is lost.
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<impl PinInit<Self>> {
+        if gpu.is_lost() {
+            return Err(ENODEV);
+        }
+        let current = current!();
+        let mm: ARef<Mm> = current.mm().map(|mm| -> &Mm { mm }).ok_or(ESRCH)?.into();
+        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
+        let progress = Progress::new()?;
+        let gpu = gpu.clone();
+        Ok(pin_init!(Self {
+            gpu,
+            number: FILES.fetch_add(1, Relaxed) + 1,
+            mm,
+            statistics,
+            progress,
+            space <- new_mutex!(None, "FileHandle::space"),
+        }))
+    }
+
     /// The address space means the memory of the process that opened it: nobody else may use it.
     fn check_owner(&self) -> Result {
         let current = current!();
@@ -181,7 +191,12 @@ impl FileHandle {
         }
     }
 
-    fn owned(&self) -> Result<Arc<AddressSpace>> {
+    /// The address space, which comes into being when it is first used.
+    ///
+    /// # Errors
+    ///
+    /// EPERM: it is another process's.
+    pub(crate) fn owned(&self) -> Result<Arc<AddressSpace>> {
         self.check_owner()?;
         let mut space = self.space.lock();
         match &*space {
@@ -212,6 +227,7 @@ impl FileHandle {
             max_commands: MAX_COMMANDS as u32,
             atomics: self.mechanisms(),
             locations: self.locations(),
+            aperture_size: (self.gpu.memory().usage(Kind::Coherent).total * PAGE_SIZE) as u64,
         };
         uapi::write(arg, request.size, &info)
     }
@@ -388,11 +404,15 @@ impl FileHandle {
         if self.has_vram() {
             bits |= 1 << uapi::LOCATION_VRAM;
         }
+        if self.gpu.memory().usage(Kind::Coherent).total > 0 {
+            bits |= 1 << uapi::LOCATION_APERTURE;
+        }
         bits
     }
 
     fn has_vram(&self) -> bool {
-        self.gpu.memory().usage().total > 0
+        let memory = self.gpu.memory();
+        Kind::ALL.into_iter().any(|kind| memory.usage(kind).total > 0)
     }
 
     /// A place of that number, which must be there.
@@ -401,6 +421,7 @@ impl FileHandle {
             uapi::LOCATION_NONE => Location::Anywhere,
             uapi::LOCATION_SYSTEM => Location::System,
             uapi::LOCATION_VRAM => Location::Vram,
+            uapi::LOCATION_APERTURE => Location::Aperture,
             _ => return Err(EINVAL),
         };
         if self.locations() & 1 << location == 0 {
@@ -424,11 +445,13 @@ impl FileHandle {
     }
 
     fn discard(&self, arg: usize) -> Result {
-        let _space = self.owned()?;
+        let space = self.owned()?;
         let request: uapi::Discard = uapi::read(arg)?;
-        let _range = page_range(request.address, request.length)?;
-        // Nothing has to be kept, and nothing needs to be forgotten.
-        Ok(())
+        match space.discard(page_range(request.address, request.length)?) {
+            // As for a prefetch.
+            Err(error) if error == EINTR => Err(ERESTARTSYS),
+            other => other,
+        }
     }
 
     fn query(&self, arg: usize) -> Result {
@@ -443,7 +466,7 @@ impl FileHandle {
         let size = request.count as usize * size_of::<uapi::Page>();
         let pointer = UserPtr::from_addr(usize::try_from(request.pages)?);
         let mut writer = UserSlice::new(pointer, size).writer();
-        for va in range.step_by(kernel::page::PAGE_SIZE) {
+        for va in range.step_by(PAGE_SIZE) {
             let found = space.query(va)?;
             let page = uapi::Page {
                 state: found.state,
@@ -462,7 +485,7 @@ impl FileHandle {
     }
 
     /// The statistics, for fdinfo. docs/driver.md says what they mean.
-    fn show(&self, m: &SeqFile) {
+    pub(crate) fn show(&self, m: &SeqFile) {
         seq_print!(m, "pinion-driver:\tpinion\n");
         seq_print!(m, "pinion-device:\tpinion{}\n", self.gpu.number());
         seq_print!(m, "pinion-client-id:\t{}\n", self.number);

@@ -63,6 +63,17 @@ void pinion_virtio_read_config(struct virtio_device *vdev, void *buf, size_t len
 	virtio_cread_bytes(vdev, 0, buf, len);
 }
 
+bool pinion_virtio_get_shm_region(struct virtio_device *vdev, u8 id, u64 *start, u64 *size)
+{
+	struct virtio_shm_region region;
+
+	if (!virtio_get_shm_region(vdev, &region, id))
+		return false;
+	*start = region.addr;
+	*size = region.len;
+	return true;
+}
+
 void *pinion_virtio_get_private(struct virtio_device *vdev)
 {
 	return smp_load_acquire(&vdev->priv);
@@ -183,6 +194,11 @@ bool pinion_page_is_ksm(struct page *page)
 	return folio_test_ksm(page_folio(page));
 }
 
+bool pinion_pfn_is_zero(unsigned long pfn)
+{
+	return is_zero_pfn(pfn);
+}
+
 bool pinion_page_may_pin(struct page *page)
 {
 	struct folio *folio = page_folio(page);
@@ -210,9 +226,19 @@ void pinion_page_clear_mapping(struct page *page)
 	page_folio(page)->mapping = NULL;
 }
 
-struct dev_pagemap *pinion_device_private_pagemap(struct page *page)
+struct dev_pagemap *pinion_device_pagemap(struct page *page)
 {
-	return is_device_private_page(page) ? page_pgmap(page) : NULL;
+	return is_device_private_page(page) || is_device_coherent_page(page) ? page_pgmap(page) : NULL;
+}
+
+bool pinion_page_is_device_coherent(struct page *page)
+{
+	return is_device_coherent_page(page);
+}
+
+u64 pinion_page_peek(struct page *page)
+{
+	return READ_ONCE(*(u64 *)page_address(page));
 }
 
 struct page *pinion_folio_page(struct folio *folio)
@@ -258,9 +284,9 @@ void pinion_clear_pages(struct page *page, unsigned int order)
 		clear_highpage(page + i);
 }
 
-bool pinion_vma_is_anonymous(struct vm_area_struct *vma)
+bool pinion_vma_is_shared(struct vm_area_struct *vma)
 {
-	return vma_is_anonymous(vma);
+	return vma->vm_flags & VM_SHARED;
 }
 
 bool pinion_vma_is_writable(struct vm_area_struct *vma)
@@ -273,11 +299,16 @@ bool pinion_vma_may_have_huge_pages(struct vm_area_struct *vma)
 	return !vma_thp_disabled(vma, vma->vm_flags, false);
 }
 
-/* Device-private memory */
+/* Memory of devices */
 
 struct resource *pinion_request_free_mem_region(unsigned long size, const char *name)
 {
 	return request_free_mem_region(&iomem_resource, size, name);
+}
+
+bool pinion_request_mem_region(unsigned long start, unsigned long size, const char *name)
+{
+	return request_mem_region(start, size, name);
 }
 
 void pinion_release_mem_region(unsigned long start, unsigned long size)

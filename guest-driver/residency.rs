@@ -7,6 +7,10 @@
 //! the device-private page (so that nobody pins, moves or faults meanwhile), revoke the GPU's mapping, and then give the
 //! very same page back, or copy the data from VRAM to a new one.
 //!
+//! A page in that part of VRAM that the CPU sees (coherent memory) is mirrored: any number of contexts may map it, and
+//! whatever unmaps it from the CPU, our own migrations included, takes it from them too, through their notifiers. It
+//! knows the context that has mapped it last, for it can be evicted through that. Only the driver brings it home.
+//!
 //! **Eviction.** When VRAM is full, the block (2 MiB) that has not been used for the longest time goes home: not used
 //! means neither faulted on by the GPU nor moved to. That is done on behalf of a process that wants room, with no lock
 //! of that process held, since it takes those of others. It reaches pages through the process that moved
@@ -17,9 +21,9 @@ use crate::{
     copy::{Location, Transfers},
     gpu::{Contexts, Gpu, Leaving},
     hmm::{
-        memory::{Data, DeviceBlock, DevicePage, FaultedPage, Handler, Outcome, Place, PrivateMemory},
+        memory::{Data, DeviceBlock, DeviceMemory, DevicePage, FaultedPage, Handler, Kind, Outcome, Place},
         migrate::{self, Source, Unmapped, What, MAX_PAGES},
-        page::PinnedPage,
+        page::{NewSystemPage, PinnedPage},
     },
     trace,
 };
@@ -40,6 +44,9 @@ const PATIENCE: u32 = 5000;
 const ROUNDS: usize = 3000;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
+/// Pinned pages that the CPU takes back one after the other, as they follow each other in memory, before it gets the rest of
+/// their 2 MiB at once.
+const MANY_IN_A_ROW: usize = 8;
 /// Blocks that are evicted at most to make room for one.
 const MOST_EVICTIONS: usize = 64;
 /// Bytes of a page.
@@ -74,6 +81,18 @@ pub(crate) struct Residency {
     /// While it is there. It owns the memory, which must not own it for ever.
     #[pin]
     gpu: SpinLock<Option<Arc<Gpu>>>,
+    /// What CPUs have taken back last.
+    #[pin]
+    streak: SpinLock<Streak>,
+}
+
+/// Pages that have come home because a CPU has touched one after the other, as they follow each other in memory.
+#[derive(Clone, Copy, Default)]
+struct Streak {
+    /// The page that comes next.
+    next: Mapped,
+    /// How many there have been.
+    pages: usize,
 }
 
 /// Why pages have not come home.
@@ -95,23 +114,38 @@ impl From<kernel::alloc::AllocError> for Trouble {
 
 /// Which pages are to come home.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Which {
+pub(crate) enum Which {
     /// All.
     All,
     /// Those in VRAM.
     Vram,
+    /// Those in VRAM of that kind.
+    Only(Kind),
     /// The one with this index, which is pinned.
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
     Remains,
+    /// Those in the aperture of a lost device. They do not come home: the CPU gets SIGBUS where they are.
+    Abandoned,
 }
 
 impl Which {
+    /// Whether there can be some among the device pages of that kind.
+    fn includes(self, kind: Kind) -> bool {
+        match self {
+            Self::Only(this) => this == kind,
+            Self::Abandoned => kind == Kind::Coherent,
+            Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
+        }
+    }
+
     fn has(self, index: usize, place: Place) -> bool {
         match (self, place) {
-            (Self::All | Self::Remains, _) | (Self::Vram, Place::Device(_)) => true,
+            (Self::Remains, _) => true,
+            (_, Place::Lost) | (Self::Abandoned, _) => false,
+            (Self::All, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
-            (Self::Vram, Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
+            (Self::Vram | Self::Only(_), Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
         }
     }
 }
@@ -121,23 +155,38 @@ struct Traveller {
     index: usize,
     page: DevicePage,
     mapped: Mapped,
-    /// What is given back. None: the data is in VRAM, and is copied.
+    /// What is given back. None: the data is in VRAM, and is copied, or is lost.
     pinned: Option<PinnedPage>,
+    /// Nobody needs what is in VRAM.
+    discarded: bool,
+    lost: bool,
     home: bool,
+}
+
+/// What goes home as one folio.
+struct Piece {
+    index: usize,
+    new: NewSystemPage,
+    /// Where in VRAM it is.
+    offset: u64,
+    /// Somebody needs what is there.
+    needed: bool,
 }
 
 /// Pages on their way home.
 struct Journey<'a> {
-    memory: &'a PrivateMemory<Residency>,
+    memory: &'a DeviceMemory<Residency>,
     travellers: KVVec<Traveller>,
     transfers: Transfers,
     /// Whoever closes one of these contexts waits for us.
     leaving: KVec<(u32, Leaving<'a>)>,
+    /// Whether the next allocation is to fail: not known before the first.
+    failing: Option<bool>,
 }
 
 impl<'a> Journey<'a> {
     /// One of `count` pages at most.
-    fn new(memory: &'a PrivateMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
+    fn new(memory: &'a DeviceMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
         let copies = if matches!(which, Which::Pinned(_)) {
             0
         } else {
@@ -148,6 +197,7 @@ impl<'a> Journey<'a> {
             travellers: KVVec::with_capacity(count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(copies).map_err(|_| Trouble::NoMemory)?,
             leaving: KVec::new(),
+            failing: None,
         })
     }
 
@@ -162,8 +212,9 @@ impl<'a> Journey<'a> {
         }
         self.travellers.reserve(1, GFP_KERNEL)?;
         let (data, mapped) = self.memory.take(page).ok_or(Trouble::Busy)?;
+        let (discarded, lost) = (matches!(data, Data::Discarded), matches!(data, Data::Lost));
         let pinned = match data {
-            Data::Device => None,
+            Data::Device | Data::Discarded | Data::Lost => None,
             Data::Pinned(pinned) => Some(pinned),
         };
         let traveller = Traveller {
@@ -171,10 +222,33 @@ impl<'a> Journey<'a> {
             page,
             mapped,
             pinned,
+            discarded,
+            lost,
             home: false,
         };
         self.travellers.push(traveller, GFP_KERNEL)?;
         Ok(())
+    }
+
+    /// Allocates memory of the system for `page`, unless the address space that has it was told to let that fail.
+    fn allocate(
+        &mut self,
+        unmapped: &Unmapped<'_>,
+        page: DevicePage,
+        index: usize,
+        order: u32,
+    ) -> Option<NewSystemPage> {
+        let memory = self.memory;
+        let fails = self.failing.get_or_insert_with(|| {
+            let space = memory
+                .get(page)
+                .and_then(|(_, mapped)| memory.handler().contexts.get(mapped.context));
+            space.is_some_and(|space| space.take_failure())
+        });
+        if core::mem::take(fails) {
+            return None;
+        }
+        unmapped.allocate(index, order)
     }
 
     /// Takes a folio in VRAM out of the table, and finds room for it at home.
@@ -188,15 +262,16 @@ impl<'a> Journey<'a> {
         let memory = self.memory;
         let large = match source.order {
             0 => None,
-            order => unmapped.allocate(source.index, order),
+            order => self.allocate(unmapped, page, source.index, order),
         };
         let order = if large.is_some() { source.order } else { 0 };
         let mut large = large;
+        let mut piece: Option<Piece> = None;
         let pages = memory.following(page, 1 << source.order);
         for (index, page) in (source.index..).zip(pages) {
             let first_of_piece = order == 0 || index == source.index;
-            let new = if first_of_piece {
-                let new = large.take().or_else(|| unmapped.allocate(index, 0));
+            if first_of_piece {
+                let new = large.take().or_else(|| self.allocate(unmapped, page, index, 0));
                 // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
                 let Some(new) = new else {
                     if index == source.index {
@@ -204,28 +279,52 @@ impl<'a> Journey<'a> {
                     }
                     continue;
                 };
-                Some(new)
-            } else {
-                None
-            };
-            self.take(index, page)?;
-            if let Some(mut new) = new {
+                self.end_piece(unmapped, piece.take())?;
                 let offset = memory.offset(page).ok_or(Trouble::Busy)?;
-                if zeros {
-                    new.clear();
-                } else {
-                    let length = (PAGE_SIZE << order) as u64;
-                    self.transfers
-                        .copy(
-                            Location::vram(offset),
-                            Location::system(new.pfn().address()),
-                            length,
-                        )
-                        .map_err(|_| Trouble::NoMemory)?;
-                }
-                unmapped.send_home(index, new);
+                piece = Some(Piece {
+                    index,
+                    new,
+                    offset,
+                    needed: false,
+                });
+            }
+            self.take(index, page)?;
+            // Known from here on: whoever maps the page now does not find it in the table.
+            let discarded = self.travellers.last().is_some_and(|last| last.discarded);
+            if let Some(piece) = &mut piece {
+                piece.needed |= !zeros && !discarded;
             }
         }
+        self.end_piece(unmapped, piece)
+    }
+
+    /// Sends a piece home, with its data if that is needed.
+    fn end_piece(&mut self, unmapped: &mut Unmapped<'_>, piece: Option<Piece>) -> Result<(), Trouble> {
+        let Some(mut piece) = piece else { return Ok(()) };
+        if piece.needed {
+            let to = Location::system(piece.new.pfn().address());
+            let length = (PAGE_SIZE << piece.new.order()) as u64;
+            self.transfers
+                .copy(Location::vram(piece.offset), to, length)
+                .map_err(|_| Trouble::NoMemory)?;
+        } else {
+            piece.new.clear();
+        }
+        unmapped.send_home(piece.index, piece.new);
+        Ok(())
+    }
+
+    /// Takes a page of which the data is lost out of the table, and sends zeros home.
+    fn take_lost(
+        &mut self,
+        unmapped: &mut Unmapped<'_>,
+        index: usize,
+        page: DevicePage,
+    ) -> Result<(), Trouble> {
+        let mut new = unmapped.allocate(index, 0).ok_or(Trouble::NoMemory)?;
+        self.take(index, page)?;
+        new.clear();
+        unmapped.send_home(index, new);
         Ok(())
     }
 
@@ -292,7 +391,12 @@ impl<'a> Journey<'a> {
     /// Puts those back into the table that stay where they were.
     fn put_back(&mut self) {
         for traveller in self.travellers.iter_mut().filter(|traveller| !traveller.home) {
-            let data = traveller.pinned.take().map_or(Data::Device, Data::Pinned);
+            let data = match traveller.pinned.take() {
+                Some(pinned) => Data::Pinned(pinned),
+                None if traveller.lost => Data::Lost,
+                None if traveller.discarded => Data::Discarded,
+                None => Data::Device,
+            };
             self.memory.set(traveller.page, data, traveller.mapped);
         }
     }
@@ -304,7 +408,28 @@ impl Residency {
         pin_init!(Self {
             contexts,
             gpu <- new_spinlock!(None, "Residency::gpu"),
+            streak <- new_spinlock!(Streak::default(), "Residency::streak"),
         })
+    }
+
+    /// How many pages a CPU has taken back in a row that ends where it touches `mapped` now.
+    fn in_a_row(&self, mapped: Mapped) -> usize {
+        let streak = *self.streak.lock();
+        if streak.next == mapped {
+            streak.pages
+        } else {
+            0
+        }
+    }
+
+    /// Takes note that it gets what there is of the `around` pages about `mapped`, after so many in a row.
+    fn continue_row(&self, mapped: Mapped, around: usize, row: usize) {
+        let size = around * PAGE_SIZE;
+        let end = (mapped.va & !(size - 1)) + size;
+        *self.streak.lock() = Streak {
+            next: Mapped { va: end, ..mapped },
+            pages: row + (end - mapped.va) / PAGE_SIZE,
+        };
     }
 
     /// Says which device it is, or that there is none any more.
@@ -323,7 +448,7 @@ impl Residency {
     ///
     /// While this runs, the pages are counted as on their way, for whoever waits until none is left.
     fn bring_home(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         mut unmapped: Unmapped<'_>,
         which: Which,
     ) -> Result<usize, Trouble> {
@@ -342,6 +467,7 @@ impl Residency {
                 Some((place, _)) if which.has(index, place) => match place {
                     Place::Pinned(_) => journey.take(index, page),
                     Place::Device(_) => journey.take_vram(&mut unmapped, source, page, zeros),
+                    Place::Lost => journey.take_lost(&mut unmapped, index, page),
                 },
                 _ => continue,
             };
@@ -392,13 +518,12 @@ impl Residency {
     ///
     /// With `wait`, waits for mmap_lock, so that no lock of another process must be held.
     pub(crate) fn home(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         mm: &MmWithUser,
         range: Range<usize>,
-        pinned: bool,
+        which: Which,
         wait: bool,
     ) -> Result<usize, Trouble> {
-        let which = if pinned { Which::All } else { Which::Vram };
         let mut start = range.start;
         let mut count = 0;
         while start < range.end {
@@ -413,15 +538,21 @@ impl Residency {
                 continue;
             };
             let end = vma.end().min(range.end);
-            match migrate::setup_home(&mmap, start..end, memory.owner()) {
-                Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
-                    Ok(home) => count += home,
-                    Err(Trouble::Busy) => {}
-                    Err(other) => return Err(other),
-                },
-                Err(error) if error == ENOMEM => return Err(Trouble::NoMemory),
-                // Areas of a kind that nothing migrates from.
-                Err(_) => {}
+            for kind in Kind::ALL {
+                let Some(owner) = memory.owner(kind).filter(|_| which.includes(kind)) else {
+                    continue;
+                };
+                match migrate::setup_home(&mmap, start..end, kind, owner) {
+                    Ok(unmapped) if which == Which::Abandoned => count += Self::lose(memory, unmapped),
+                    Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                        Ok(home) => count += home,
+                        Err(Trouble::Busy) => {}
+                        Err(other) => return Err(other),
+                    },
+                    Err(error) if error == ENOMEM => return Err(Trouble::NoMemory),
+                    // Areas of a kind that nothing migrates from.
+                    Err(_) => {}
+                }
             }
             start = end;
         }
@@ -430,7 +561,7 @@ impl Residency {
 
     /// Where the pages of `pages` are mapped: pages that follow each other as one.
     fn runs(
-        memory: &PrivateMemory<Self>,
+        memory: &DeviceMemory<Self>,
         pages: impl Iterator<Item = DevicePage>,
     ) -> Result<KVVec<(Mapped, usize)>> {
         let mut runs: KVVec<(Mapped, usize)> = KVVec::new();
@@ -452,8 +583,8 @@ impl Residency {
         Ok(runs)
     }
 
-    /// Sends the pages of `block` home, as far as their processes can reach them. Returns how many have gone.
-    fn evict(gpu: &Gpu, block: DeviceBlock) -> usize {
+    /// Sends those pages of `block` home, as far as their processes can reach them. Returns how many have gone.
+    fn evict(gpu: &Gpu, block: DeviceBlock, which: Which) -> usize {
         let memory = gpu.memory();
         let Ok(runs) = Self::runs(memory, memory.pages_of(block)) else {
             return 0;
@@ -463,8 +594,11 @@ impl Residency {
             let Some(space) = gpu.contexts().get(mapped.context) else {
                 continue;
             };
-            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, false, false);
+            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, which, false);
             let gone = gone.unwrap_or(0);
+            if which == Which::Abandoned {
+                continue;
+            }
             space.statistics().evictions.add(gone as i64, Relaxed);
             trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
             count += gone;
@@ -472,22 +606,22 @@ impl Residency {
         count
     }
 
-    /// Makes room for `pages` pages in VRAM, for a whole block if that many are wanted. Says whether there is room now, which
-    /// somebody else may take.
+    /// Makes room for `pages` pages in VRAM of that kind, for a whole block if that many are wanted. Says whether there is room
+    /// now, which somebody else may take.
     ///
     /// Takes locks of other processes: none of any process may be held.
-    pub(crate) fn make_room(gpu: &Gpu, pages: usize) -> bool {
+    pub(crate) fn make_room(gpu: &Gpu, kind: Kind, pages: usize) -> bool {
         let memory = gpu.memory();
         for _ in 0..MOST_EVICTIONS {
-            if memory.has_room(pages) {
+            if memory.has_room(kind, pages) {
                 return true;
             }
-            let Some(block) = memory.coldest() else {
+            let Some(block) = memory.coldest(kind) else {
                 return false;
             };
-            Self::evict(gpu, block);
+            Self::evict(gpu, block, Which::Vram);
         }
-        memory.has_room(pages)
+        memory.has_room(kind, pages)
     }
 
     /// Brings home the pages of `space`, which the device does not access any more, as far as its process
@@ -505,10 +639,10 @@ impl Residency {
                 run.end += PAGE_SIZE;
                 return;
             }
-            let _ = space.home(run.clone(), true, true);
+            let _ = space.home(run.clone(), Which::All, true);
             run = mapped.va..mapped.va + PAGE_SIZE;
         });
-        let _ = space.home(run, true, true);
+        let _ = space.home(run, Which::All, true);
         // After this nobody revokes a mapping of that context, whose number will be used again.
         // A page is on its way for as long as revoking it takes, which is bounded.
         while gpu.contexts().leaving(space.context()) > 0 {
@@ -523,11 +657,17 @@ impl Residency {
 
     /// Brings home what is in VRAM, while the device can still copy it. Nothing gets there any more.
     pub(crate) fn evacuate(gpu: &Gpu) {
+        gpu.memory().close_device();
+        let _ = Self::vacate(gpu, ROUNDS);
+    }
+
+    /// Brings home what is in VRAM, whoever has it there, in `rounds` at most. Says whether it is all home, which it need not stay.
+    /// Takes locks of processes: none of any process may be held.
+    pub(crate) fn vacate(gpu: &Gpu, rounds: usize) -> bool {
         let memory = gpu.memory();
-        memory.close_device();
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             for block in memory.blocks_in_use() {
-                Self::evict(gpu, block);
+                Self::evict(gpu, block, Which::Vram);
                 if memory.used_in(block) == 0 || gpu.is_lost() {
                     continue;
                 }
@@ -536,11 +676,76 @@ impl Residency {
                     let _ = Self::bring_home(memory, unmapped, Which::Vram);
                 }
             }
-            if memory.usage().used == 0 || gpu.is_lost() {
+            if memory.used() == 0 {
+                return true;
+            }
+            if gpu.is_lost() {
+                return false;
+            }
+            fsleep(PAUSE);
+        }
+        false
+    }
+
+    /// Has what is unmapped represented by pages on which the CPU faults, and finds nothing. Returns how many.
+    fn lose(memory: &DeviceMemory<Self>, mut unmapped: Unmapped<'_>) -> usize {
+        let Ok(mut journey) = Journey::new(memory, unmapped.len(), Which::Pinned(0)) else {
+            return 0;
+        };
+        for index in 0..unmapped.len() {
+            let What::Device(page) = unmapped.get(index).map_or(What::Hole, |source| source.what) else {
+                continue;
+            };
+            let Ok(stand_in) = memory.allocate_for_lost() else {
+                break;
+            };
+            if journey.take(index, page).is_ok() {
+                unmapped.send_away(index, stand_in);
+            }
+        }
+        let mut count = 0;
+        let moved = unmapped.advance(|index, outcome| {
+            if let (migrate::Outcome::Away(page, _), [traveller]) = (outcome, journey.find(index..index + 1))
+            {
+                memory.set(page, Data::Lost, traveller.mapped);
+                traveller.home = true;
+                count += 1;
+            }
+        });
+        journey.put_back();
+        moved.finish();
+        count
+    }
+
+    /// The device is lost and has been reset, so that there is no telling what the CPU sees in the aperture: takes away what
+    /// processes have there. Whoever touches it gets SIGBUS.
+    pub(crate) fn abandon(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for _ in 0..ROUNDS {
+            for block in memory.blocks_in_use() {
+                if memory.kind_of(block) != Kind::Coherent {
+                    continue;
+                }
+                Self::evict(gpu, block, Which::Abandoned);
+                if memory.used_in(block) > 0 {
+                    // What its process cannot reach, as in `evacuate`.
+                    if let Ok(unmapped) = migrate::setup_device_pages(memory.pages_of(block)) {
+                        Self::lose(memory, unmapped);
+                    }
+                }
+            }
+            if memory.usage(Kind::Coherent).used == 0 {
                 return;
             }
             fsleep(PAUSE);
         }
+        let left = memory.usage(Kind::Coherent).used;
+        dev_err!(
+            gpu.device(),
+            "{} lost pages are in use by others and stay mapped\n",
+            left
+        );
     }
 
     /// Brings home every page. The device does not access memory any more, and nothing is being pinned.
@@ -548,9 +753,9 @@ impl Residency {
     /// VRAM then it is lost, and zeros take its place.
     pub(crate) fn evict_all(gpu: &Gpu) {
         let memory = gpu.memory();
-        let usage = memory.usage();
-        if usage.used > 0 {
-            dev_err!(gpu.device(), "the data of {} pages in VRAM is lost\n", usage.used);
+        let lost = memory.used();
+        if lost > 0 {
+            dev_err!(gpu.device(), "the data of {} pages in VRAM is lost\n", lost);
         }
         memory.for_each(
             |_| true,
@@ -559,7 +764,7 @@ impl Residency {
                 if let Some((space, mapped)) =
                     mapped.and_then(|mapped| Some((gpu.contexts().get(mapped.context)?, mapped)))
                 {
-                    let _ = space.home(mapped.va..mapped.va + PAGE_SIZE, true, true);
+                    let _ = space.home(mapped.va..mapped.va + PAGE_SIZE, Which::All, true);
                 }
             },
         );
@@ -598,16 +803,29 @@ impl Residency {
 impl Handler for Residency {
     type PageData = Mapped;
 
-    fn migrate_to_ram(memory: &PrivateMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
-        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
-        let (around, which) = match memory.get(fault.page()) {
+    fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
+        let handler = memory.handler();
+        let found = memory.get(fault.page());
+        let row = found.map_or(0, |(_, mapped)| handler.in_a_row(mapped));
+        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces. But a CPU that goes
+        // through memory does not get each piece by a fault and a round trip of its own.
+        let (around, which) = match found {
+            Some((Place::Device(_), _)) if row >= AROUND => (MAX_PAGES, Which::Vram),
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),
+            Some((Place::Lost, _)) => return Outcome::Lost,
+            _ if row >= MANY_IN_A_ROW => (MAX_PAGES, Which::All),
             _ => (1, Which::Pinned(0)),
         };
         match migrate::setup_fault(fault, around) {
             Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                Ok(_) => {
+                    if let Some((_, mapped)) = found {
+                        handler.continue_row(mapped, around, row);
+                    }
+                    Outcome::Done
+                }
                 // A page that could not be brought home is where it was; the CPU tries again.
-                Ok(_) | Err(Trouble::Busy) => Outcome::Done,
+                Err(Trouble::Busy) => Outcome::Done,
                 Err(Trouble::NoMemory) => Outcome::OutOfMemory,
                 Err(Trouble::Lost) => Outcome::Lost,
             },

@@ -28,7 +28,7 @@ pub(crate) const PREFETCH: u32 = 5;
 pub(crate) const DISCARD: u32 = 6;
 
 /// `PINION_VERSION`.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// `PINION_PIN_METHOD_*`.
 pub(crate) const PIN_METHOD_MIGRATE_PFN: u32 = 1;
@@ -85,6 +85,8 @@ pub(crate) const LOCATION_NONE: u32 = 0;
 pub(crate) const LOCATION_SYSTEM: u32 = 1;
 /// See above.
 pub(crate) const LOCATION_VRAM: u32 = 2;
+/// See above.
+pub(crate) const LOCATION_APERTURE: u32 = 3;
 
 /// `PINION_QUERY_MAX`.
 pub(crate) const QUERY_MAX: u64 = 512;
@@ -99,6 +101,8 @@ pub(crate) const PAGE_PINNED: u32 = 3;
 /// See above.
 #[allow(dead_code)]
 pub(crate) const PAGE_EXCLUSIVE: u32 = 4;
+/// See above.
+pub(crate) const PAGE_COHERENT: u32 = 5;
 
 /// A structure of the interface: starts with its size and its flags.
 pub(crate) trait Structure: FromBytes + IntoBytes + zerocopy::Immutable + Sized {
@@ -123,10 +127,10 @@ macro_rules! structures {
 
 structures! {
     /// `struct pinion_info`.
-    Info = 48 {
+    Info = 56 {
         size: u32 = 0, flags: u32 = 4, version: u32 = 8, rings: u32 = 12, max_batch: u32 = 16,
         pin_method: u32 = 20, vram_size: u64 = 24, max_submissions: u32 = 32, max_commands: u32 = 36, atomics: u32 = 40,
-        locations: u32 = 44,
+        locations: u32 = 44, aperture_size: u64 = 48,
     }
     /// `struct pinion_fence`.
     Fence = 16 {
@@ -208,12 +212,14 @@ agree! {
     PINION_LOCATION_NONE = LOCATION_NONE;
     PINION_LOCATION_SYSTEM = LOCATION_SYSTEM;
     PINION_LOCATION_VRAM = LOCATION_VRAM;
+    PINION_LOCATION_APERTURE = LOCATION_APERTURE;
     PINION_QUERY_MAX = QUERY_MAX;
     PINION_PAGE_CPU = PAGE_CPU;
     PINION_PAGE_MIRRORED = PAGE_MIRRORED;
     PINION_PAGE_VRAM = PAGE_VRAM;
     PINION_PAGE_PINNED = PAGE_PINNED;
     PINION_PAGE_EXCLUSIVE = PAGE_EXCLUSIVE;
+    PINION_PAGE_COHERENT = PAGE_COHERENT;
     PINION_RIGHT_READ = abi::PTE_READ >> 1;
     PINION_RIGHT_WRITE = abi::PTE_WRITE >> 1;
     PINION_RIGHT_ATOMIC = abi::PTE_ATOMIC >> 1;
@@ -243,7 +249,9 @@ const _: () = {
     assert!(size_of::<c::pinion_chase_result>() == size_of::<abi::ChaseResult>());
 };
 
-impl Structure for Info {}
+impl Structure for Info {
+    const MINIMUM: usize = offset_of!(Info, aperture_size);
+}
 impl Structure for Submit {
     const FLAGS: u32 = SUBMIT_EVENTFD | SUBMIT_FENCE;
 }

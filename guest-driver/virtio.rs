@@ -18,7 +18,7 @@ use crate::{
     bindings as c,
     sync::{Completion, Semaphore},
 };
-use core::{marker::PhantomData, mem::size_of, ptr};
+use core::{marker::PhantomData, mem::size_of, ops::Range, ptr};
 use kernel::{
     device,
     error::to_result,
@@ -55,6 +55,15 @@ impl Device {
         // SAFETY: `bytes` is valid for writes of its length.
         unsafe { c::pinion_virtio_read_config(self.as_raw(), bytes.as_mut_ptr().cast(), bytes.len()) };
         config
+    }
+
+    /// The physical addresses at which the driver finds the shared memory region `id`, if there is one.
+    pub(crate) fn shared_memory(&self, id: u8) -> Option<Range<usize>> {
+        let (mut start, mut size) = (0, 0);
+        // SAFETY: The device is valid, and both are valid for writes.
+        let found = unsafe { c::pinion_virtio_get_shm_region(self.as_raw(), id, &mut start, &mut size) };
+        let end = start.checked_add(size).filter(|_| found)?;
+        Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
     }
 }
 

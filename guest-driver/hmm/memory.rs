@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Device-private memory (`MEMORY_DEVICE_PRIVATE`).
+//! Memory of a device for pages of processes (`MEMORY_DEVICE_PRIVATE`, `MEMORY_DEVICE_COHERENT`).
 //!
-//! A device-private page takes the place of a page of a process that a device has. The CPU cannot access it; when
-//! it tries, it faults, and the driver brings the page home ([`Handler::migrate_to_ram`]).
+//! A device page takes the place of a page of a process. There are three kinds of them:
 //!
-//! There are two kinds, in one pagemap, so that the kernel takes them for what they are: pages of one owner.
+//! - Private pages of the device's own memory: the data is there, in as many bytes at the same place. The CPU cannot
+//!   access it; when it tries, it faults, and the driver brings the page home ([`Handler::migrate_to_ram`]).
+//! - Coherent ones: the same, and the CPU can access the data where it is. The page is mapped like any other; what
+//!   becomes of it is heard through MMU notifiers.
+//! - Stand-ins: the data is in a system page, which the driver has pinned where it is ([`PinnedPage`]). They are private, and
+//!   in the same pagemap as those of the device, so that the kernel takes them for what they are: pages of one owner.
 //!
-//! - Pages of the device's own memory: the data is there, in as many bytes at the same place.
-//! - Stand-ins: the data is in a system page, which the driver has pinned where it is ([`PinnedPage`]).
-//!
-//! With either the driver keeps a `T`. When the last mapping of a page goes (munmap, exit), it comes back here;
+//! With any of them the driver keeps a `T`. When the last mapping of a page goes (munmap, exit), it comes back here;
 //! what a stand-in stood for is freed with it.
 //!
 //! ```text
@@ -18,7 +19,11 @@
 //!                                                      ^------------- set() <-----------+  (not migrated after all)
 //! ```
 //!
-//! Folios have one page or 512. The kernel may split one at any time; nothing here depends on how pages are joined.
+//! A coherent page can also leave without `take()`: a long-term pin (`FOLL_LONGTERM`) has the kernel copy it to a page of
+//! the system, after it has told the notifiers, and free it.
+//!
+//! Folios have one page or 512; coherent ones have one. The kernel may split one at any time; nothing here depends on how
+//! pages are joined.
 //!
 //! Locking: the table's spinlock is a leaf, and taken from where pages are freed, in any context.
 //!
@@ -28,20 +33,36 @@ use super::{
     blocks::{Blocks, BLOCK_ORDER, BLOCK_PAGES},
     notifier::Owner,
     page::{Pfn, PinnedPage},
+    pagemap::{Coherent, Pagemap, Private},
 };
 use crate::bindings as c;
-use core::{mem::ManuallyDrop, ptr};
+use core::{marker::PhantomPinned, mem::ManuallyDrop, ops::Range};
 use kernel::{
-    bindings,
-    error::from_err_ptr,
-    new_spinlock_irq,
+    bindings, new_spinlock_irq,
     prelude::*,
     sync::{Arc, SpinLockIrq},
-    types::Opaque,
 };
 
 /// Size to which device memory is rounded up: a memory section.
 const SECTION: usize = 128 << 20;
+/// Base-2 logarithm of the bytes of a page.
+const PAGE_SHIFT: usize = kernel::page::PAGE_SHIFT;
+/// Bytes of a block.
+const BLOCK_SIZE: usize = BLOCK_PAGES << PAGE_SHIFT;
+
+/// How the CPU gets at memory of the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    /// Not at all: an access faults.
+    Private,
+    /// As at its own.
+    Coherent,
+}
+
+impl Kind {
+    /// All there are.
+    pub(crate) const ALL: [Self; 2] = [Self::Private, Self::Coherent];
+}
 
 /// What became of a CPU fault on a device-private page.
 pub(crate) enum Outcome {
@@ -53,17 +74,17 @@ pub(crate) enum Outcome {
     OutOfMemory,
 }
 
-/// The driver's part in device-private memory.
+/// The driver's part in device memory.
 pub(crate) trait Handler: Sized + Send + Sync + 'static {
     /// What the driver wants to know of each page.
     type PageData: Copy + Default + Send;
 
     /// Brings home the page on which the CPU has faulted, and what else it sees fit. mmap_lock is held and the folio
     /// locked.
-    fn migrate_to_ram(memory: &PrivateMemory<Self>, fault: &FaultedPage<'_>) -> Outcome;
+    fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome;
 }
 
-/// A device-private page; no reference, just its name.
+/// A device page, private or coherent; no reference, just its name.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DevicePage(Pfn);
 
@@ -78,11 +99,17 @@ impl DevicePage {
         unsafe { c::pinion_page_order(self.0.page()) }
     }
 
-    /// The page with that number, if it is device-private.
+    /// The page with that number, if it is private or coherent memory of a device, whosever that is.
     pub(crate) fn from_pfn(pfn: Pfn) -> Option<Self> {
         // SAFETY: There is a page of this number.
-        let pgmap = unsafe { c::pinion_device_private_pagemap(pfn.page()) };
+        let pgmap = unsafe { c::pinion_device_pagemap(pfn.page()) };
         (!pgmap.is_null()).then_some(Self(pfn))
+    }
+
+    /// Whether the CPU can access it.
+    pub(crate) fn is_coherent(self) -> bool {
+        // SAFETY: There is a page of this number.
+        unsafe { c::pinion_page_is_device_coherent(self.0.page()) }
     }
 
     /// Its frame number.
@@ -91,7 +118,7 @@ impl DevicePage {
     }
 }
 
-/// A device-private folio that has just been allocated: locked, and nobody else knows it. Dropping it frees it.
+/// A device folio that has just been allocated: locked, and nobody else knows it. Dropping it frees it.
 pub(crate) struct NewDevicePage {
     first: Pfn,
     order: u32,
@@ -106,6 +133,15 @@ impl NewDevicePage {
     /// Base-2 logarithm of the number of its pages.
     pub(crate) fn order(&self) -> u32 {
         self.order
+    }
+
+    /// What the CPU sees in the first eight bytes, if it is coherent memory.
+    pub(crate) fn peek(&self) -> Option<u64> {
+        self.name().is_coherent().then(|| {
+            // SAFETY: The kernel has mapped coherent memory, and nobody else uses this page. Whatever answers there, it
+            // is read as a number.
+            unsafe { c::pinion_page_peek(self.first.page()) }
+        })
     }
 
     /// Gives up ownership of the reference and the lock.
@@ -156,28 +192,35 @@ impl FaultedPage<'_> {
     }
 }
 
-/// Where the data of a device-private page is.
+/// Where the data of a device page is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Place {
     /// In the device's memory, this many bytes from its beginning.
     Device(u64),
     /// In this system page, which stays where it is.
     Pinned(Pfn),
+    /// Nowhere: the device has taken it with it.
+    Lost,
 }
 
-/// What takes the place of a page: an argument of [`PrivateMemory::set`].
+/// What takes the place of a page: an argument of [`DeviceMemory::set`].
 pub(crate) enum Data {
     /// Its data is in the device's memory.
     Device,
+    /// As above, and nobody needs it ([`DeviceMemory::discard`]).
+    Discarded,
     /// The page itself.
     Pinned(PinnedPage),
+    /// Nothing: the data is lost.
+    Lost,
 }
 
 impl Data {
     fn place(&self, index: usize) -> Place {
         match self {
-            Self::Device => Place::Device((index << kernel::page::PAGE_SHIFT) as u64),
+            Self::Device | Self::Discarded => Place::Device((index << PAGE_SHIFT) as u64),
             Self::Pinned(page) => Place::Pinned(page.pfn()),
+            Self::Lost => Place::Lost,
         }
     }
 }
@@ -189,21 +232,43 @@ struct Entry<T> {
 }
 
 struct Table<T> {
+    /// Coherent pages, then private ones, then stand-ins.
     entries: KVVec<Entry<T>>,
-    /// The pages of the device's memory.
-    device: Blocks,
-    /// The stand-ins, which come after them.
+    /// The beginning of the device's memory.
+    coherent: Blocks,
+    /// The rest of it.
+    private: Blocks,
     stand_ins: Blocks,
     /// No page of the device's memory is to be allocated any more.
     closed: bool,
+    /// The coherent pages are not there, for all that was said.
+    withdrawn: bool,
 }
 
 impl<T> Table<T> {
+    /// The pages of the device's memory of that kind.
+    fn device(&mut self, kind: Kind) -> &mut Blocks {
+        match kind {
+            Kind::Coherent => &mut self.coherent,
+            Kind::Private => &mut self.private,
+        }
+    }
+
+    /// How many pages come before those of that kind.
+    fn before(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Coherent => 0,
+            Kind::Private => self.coherent.pages(),
+        }
+    }
+
     /// The allocator that a page belongs to, and its index there.
     fn allocator(&mut self, index: usize) -> (&mut Blocks, usize) {
-        match index.checked_sub(self.device.pages()) {
-            Some(index) => (&mut self.stand_ins, index),
-            None => (&mut self.device, index),
+        let (coherent, private) = (self.coherent.pages(), self.private.pages());
+        match index {
+            _ if index < coherent => (&mut self.coherent, index),
+            _ if index < coherent + private => (&mut self.private, index - coherent),
+            _ => (&mut self.stand_ins, index - coherent - private),
         }
     }
 }
@@ -217,31 +282,31 @@ pub(crate) struct Usage {
     pub(crate) total: usize,
 }
 
-/// A range of device-private memory.
+/// The memory of a device, and stand-ins.
 ///
 /// # Invariants
 ///
-/// `pgmap` has been given to `memremap_pages()` for `count` pages from frame `first` on, and not been taken
-/// back yet.
-#[pin_data(PinnedDrop)]
-pub(crate) struct PrivateMemory<H: Handler> {
-    #[pin]
-    pgmap: Opaque<c::dev_pagemap>,
+/// `table.entries` has as many entries as the pagemaps have pages, the coherent ones first.
+#[pin_data]
+pub(crate) struct DeviceMemory<H: Handler> {
+    // Dropped first, and in this order: that waits until all pages are free, which takes the rest.
+    private: Pin<KBox<Pagemap<Private>>>,
+    coherent: Option<Pin<KBox<Pagemap<Coherent>>>>,
     #[pin]
     table: SpinLockIrq<Table<H::PageData>>,
-    first: usize,
-    count: usize,
+    /// Pages of the device's memory.
+    device: usize,
     #[pin]
     handler: H,
+    /// Its address is the owner of the coherent pages; that of the whole is the owner of the private ones.
+    coherent_owner: u8,
+    /// Pagemaps point here.
+    #[pin]
+    _pin: PhantomPinned,
 }
 
-// SAFETY: The C structure is not changed after it was set up.
-unsafe impl<H: Handler> Send for PrivateMemory<H> {}
-// SAFETY: As above.
-unsafe impl<H: Handler> Sync for PrivateMemory<H> {}
-
-impl<H: Handler> PrivateMemory<H> {
-    const OPS: c::dev_pagemap_ops = c::dev_pagemap_ops {
+impl<H: Handler> DeviceMemory<H> {
+    const PRIVATE: c::dev_pagemap_ops = c::dev_pagemap_ops {
         folio_free: Some(Self::folio_free),
         migrate_to_ram: Some(Self::migrate_to_ram),
         memory_failure: None,
@@ -249,18 +314,46 @@ impl<H: Handler> PrivateMemory<H> {
         folio_split: None,
     };
 
-    /// Creates device-private pages: `device` for memory of the device's own, which is rounded down to whole blocks,
-    /// and at least `stand_ins` others.
+    const COHERENT: c::dev_pagemap_ops = c::dev_pagemap_ops {
+        migrate_to_ram: None,
+        ..Self::PRIVATE
+    };
+
+    /// Creates device pages: `device` for memory of the device's own, which is rounded down to whole blocks, and at
+    /// least `stand_ins` others.
+    ///
+    /// `aperture` is where the CPU sees the beginning of the device's memory, if it does: physical addresses, of which whole
+    /// blocks are used. Nothing is accessed there before a page of that kind has been allocated.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY, EINVAL: that is not where the aperture can be. Others: there is no memory, or are no addresses.
     pub(crate) fn new(
         name: &'static CStr,
         device: usize,
+        aperture: Option<Range<usize>>,
         stand_ins: usize,
         handler: impl PinInit<H>,
     ) -> Result<Arc<Self>> {
-        let device = Blocks::new(device)?;
-        let size = ((device.pages() + stand_ins) << kernel::page::PAGE_SHIFT).next_multiple_of(SECTION);
-        let count = size >> kernel::page::PAGE_SHIFT;
-        let stand_ins = Blocks::new(count - device.pages())?;
+        let aperture = aperture.map(|range| {
+            let blocks = (range.len() / BLOCK_SIZE).min(device / BLOCK_PAGES);
+            range.start..range.start + blocks * BLOCK_SIZE
+        });
+        let aperture = aperture.filter(|range| !range.is_empty());
+        if aperture
+            .as_ref()
+            .is_some_and(|range| range.start % BLOCK_SIZE != 0)
+        {
+            return Err(EINVAL);
+        }
+        let coherent = aperture.as_ref().map_or(0, |range| range.len() >> PAGE_SHIFT);
+        let coherent = Blocks::new(coherent)?;
+        let private = Blocks::new(device - coherent.pages())?;
+        let device = coherent.pages() + private.pages();
+        let stand_ins = stand_ins + coherent.pages();
+        let size = ((private.pages() + stand_ins) << PAGE_SHIFT).next_multiple_of(SECTION);
+        let count = coherent.pages() + (size >> PAGE_SHIFT);
+        let stand_ins = Blocks::new(count - device)?;
         let mut entries = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             let entry = Entry {
@@ -271,51 +364,48 @@ impl<H: Handler> PrivateMemory<H> {
         }
         let table = Table {
             entries,
-            device,
+            coherent,
+            private,
             stand_ins,
             closed: false,
+            withdrawn: false,
         };
-        // SAFETY: The name is a static string.
-        let resource = unsafe { c::pinion_request_free_mem_region(size, name.as_char_ptr()) };
-        let resource = from_err_ptr(resource)?;
-        // SAFETY: Just allocated.
-        let start = unsafe { (*resource).start } as usize;
-        let release = kernel::types::ScopeGuard::new(|| {
-            // SAFETY: Requested above.
-            unsafe { c::pinion_release_mem_region(start, size) }
-        });
-        let this = Arc::pin_init(
-            try_pin_init!(Self {
+        // INVARIANT: As many as `count` says.
+        Arc::pin_init(
+            try_pin_init!(&this in Self {
                 table <- new_spinlock_irq!(table),
-                first: start >> kernel::page::PAGE_SHIFT,
-                count,
+                device,
                 handler <- handler,
-                pgmap <- Opaque::try_ffi_init(|slot: *mut c::dev_pagemap| {
-                    // SAFETY: `slot` is valid for writes and stays in place; all-zero is what C drivers start
-                    // from. The pages can be used only once this has returned.
-                    unsafe {
-                        ptr::write_bytes(slot, 0, 1);
-                        (*slot).type_ = c::memory_type_MEMORY_DEVICE_PRIVATE;
-                        (*slot).nr_range = 1;
-                        let range = c::range { start: start as u64, end: (start + size - 1) as u64 };
-                        // A union of one range and an array of them.
-                        (&raw mut (*slot).__bindgen_anon_1).cast::<c::range>().write(range);
-                        (*slot).ops = &Self::OPS;
-                        (*slot).owner = slot.cast();
-                        from_err_ptr(c::memremap_pages(slot, c::pinion_numa_node())).map(|_| ())
-                    }
-                }),
+                coherent_owner: 0,
+                _pin: PhantomPinned,
+                // SAFETY: The functions find this by the owner, and the pagemap is gone before the rest is.
+                private: unsafe {
+                    Pagemap::<Private>::new(name, size, &Self::PRIVATE, this.as_ptr().cast())
+                }?,
+                coherent: match aperture {
+                    // SAFETY: As above.
+                    Some(range) => Some(unsafe {
+                        let owner = &raw mut (*this.as_ptr()).coherent_owner;
+                        Pagemap::<Coherent>::new(name, range, &Self::COHERENT, owner.cast())
+                    }?),
+                    None => None,
+                },
             }? Error),
             GFP_KERNEL,
-        )?;
-        // `drop` of `this` releases it.
-        release.dismiss();
-        Ok(this)
+        )
     }
 
-    /// The owner of this memory.
-    pub(crate) fn owner(&self) -> Owner {
-        Owner::of(self.pgmap.get())
+    /// The owner of the private pages.
+    pub(crate) fn private_owner(&self) -> Owner {
+        self.private.owner()
+    }
+
+    /// The owner of the pages of that kind, if there are any.
+    pub(crate) fn owner(&self, kind: Kind) -> Option<Owner> {
+        match kind {
+            Kind::Private => Some(self.private.owner()),
+            Kind::Coherent => self.coherent.as_ref().map(|pagemap| pagemap.owner()),
+        }
     }
 
     /// The driver's part.
@@ -323,12 +413,37 @@ impl<H: Handler> PrivateMemory<H> {
         &self.handler
     }
 
-    fn index(&self, page: DevicePage) -> Option<usize> {
-        let index = page.pfn().number().checked_sub(self.first)?;
-        (index < self.count).then_some(index)
+    fn coherent_pages(&self) -> usize {
+        self.coherent.as_ref().map_or(0, |pagemap| pagemap.count())
     }
 
-    /// Takes a free stand-in.
+    /// How many pages there are.
+    fn count(&self) -> usize {
+        self.coherent_pages() + self.private.count()
+    }
+
+    fn index(&self, page: DevicePage) -> Option<usize> {
+        let coherent = self.coherent.as_ref().and_then(|pagemap| pagemap.index(page.0));
+        coherent.or_else(|| Some(self.coherent_pages() + self.private.index(page.0)?))
+    }
+
+    fn page(&self, index: usize) -> Option<DevicePage> {
+        let pfn = match (index.checked_sub(self.coherent_pages()), &self.coherent) {
+            (Some(index), _) => self.private.pfn(index),
+            (None, coherent) => coherent.as_ref()?.pfn(index),
+        };
+        pfn.map(DevicePage)
+    }
+
+    /// The kind of a page of the device's memory; none for a stand-in, and for what is not of this memory.
+    pub(crate) fn kind(&self, page: DevicePage) -> Option<Kind> {
+        match self.index(page)? {
+            index if index < self.coherent_pages() => Some(Kind::Coherent),
+            index => (index < self.device).then_some(Kind::Private),
+        }
+    }
+
+    /// Takes a free stand-in for a page that is to be pinned.
     ///
     /// # Errors
     ///
@@ -336,49 +451,66 @@ impl<H: Handler> PrivateMemory<H> {
     pub(crate) fn allocate_stand_in(&self) -> Result<NewDevicePage> {
         let index = {
             let mut table = self.table.lock();
-            let index = table.stand_ins.allocate_page().ok_or(ENOSPC)?;
-            index + table.device.pages()
+            // The rest is set aside, see below.
+            let free = table.stand_ins.pages() - table.stand_ins.used();
+            let free = free > table.coherent.pages();
+            free.then(|| table.stand_ins.allocate_page()).flatten()
         };
-        Ok(self.initialise(index, 0))
+        self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
     }
 
-    /// Takes a free folio of the device's memory, of order 0 or [`BLOCK_ORDER`].
+    /// Takes a free stand-in for a coherent page of which the data is lost. There is one for each.
     ///
     /// # Errors
     ///
     /// ENOSPC.
-    pub(crate) fn allocate_device(&self, order: u32) -> Result<NewDevicePage> {
+    pub(crate) fn allocate_for_lost(&self) -> Result<NewDevicePage> {
+        let index = self.table.lock().stand_ins.allocate_page();
+        self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
+    }
+
+    /// Takes a free folio of the device's memory, of order 0 or, for private memory, [`BLOCK_ORDER`].
+    ///
+    /// # Errors
+    ///
+    /// ENOSPC.
+    pub(crate) fn allocate_device(&self, kind: Kind, order: u32) -> Result<NewDevicePage> {
         let index = {
             let mut table = self.table.lock();
+            let before = table.before(kind);
+            let closed = table.closed || (kind == Kind::Coherent && table.withdrawn);
+            let blocks = table.device(kind);
             let index = match order {
-                _ if table.closed => None,
-                0 => table.device.allocate_page(),
-                BLOCK_ORDER => table.device.allocate_block(),
+                _ if closed => None,
+                0 => blocks.allocate_page(),
+                // The kernel could not migrate it home again.
+                BLOCK_ORDER if kind == Kind::Private => blocks.allocate_block(),
                 _ => None,
             };
             let index = index.ok_or(ENOSPC)?;
-            table.device.touch(index);
-            index
+            blocks.touch(index);
+            before + index
         };
-        Ok(self.initialise(index, order))
+        self.initialise(index, order)
     }
 
     /// `index` must have been allocated just now, with that order.
-    fn initialise(&self, index: usize, order: u32) -> NewDevicePage {
-        // SAFETY: `first + index` is one of our device-private pages, by the type invariant, and those that follow
-        // up to the order are too; they are free. The initialisation gives the folio one reference and locks it.
-        unsafe {
-            let first = Pfn::new(self.first + index);
-            c::pinion_zone_device_page_init(first.page(), self.pgmap.get(), order);
-            NewDevicePage { first, order }
-        }
+    fn initialise(&self, index: usize, order: u32) -> Result<NewDevicePage> {
+        let first = self.page(index).ok_or(EINVAL)?.0;
+        let pagemap = match &self.coherent {
+            Some(coherent) if index < coherent.count() => coherent.as_raw(),
+            _ => self.private.as_raw(),
+        };
+        // SAFETY: It is a page of that pagemap, those that follow up to the order are too, and they are free. The
+        // initialisation gives the folio one reference and locks it.
+        unsafe { c::pinion_zone_device_page_init(first.page(), pagemap, order) };
+        Ok(NewDevicePage { first, order })
     }
 
     /// Where in the device's memory the data of a folio belongs; none for a stand-in.
     pub(crate) fn offset(&self, page: DevicePage) -> Option<u64> {
         let index = self.index(page)?;
-        let device = self.table.lock().device.pages();
-        (index < device).then_some((index << kernel::page::PAGE_SHIFT) as u64)
+        (index < self.device).then_some((index << PAGE_SHIFT) as u64)
     }
 
     /// No folio of the device's memory can be allocated any more.
@@ -386,69 +518,93 @@ impl<H: Handler> PrivateMemory<H> {
         self.table.lock().closed = true;
     }
 
-    /// How much of the device's memory is in use.
-    pub(crate) fn usage(&self) -> Usage {
-        let table = self.table.lock();
+    /// The CPU does not see the device's memory where it should: no coherent page can be allocated, and there are none.
+    pub(crate) fn withdraw_coherent(&self) {
+        self.table.lock().withdrawn = true;
+    }
+
+    /// How much of the device's memory of that kind is in use.
+    pub(crate) fn usage(&self, kind: Kind) -> Usage {
+        let mut table = self.table.lock();
+        let there = kind == Kind::Private || !table.withdrawn;
+        let blocks = table.device(kind);
         Usage {
-            used: table.device.used(),
-            total: table.device.pages(),
+            used: blocks.used(),
+            total: if there { blocks.pages() } else { 0 },
         }
     }
 
-    /// Whether `pages` pages of the device's memory are free, as a block if that many are wanted.
-    pub(crate) fn has_room(&self, pages: usize) -> bool {
+    /// Pages of the device's memory that are in use.
+    pub(crate) fn used(&self) -> usize {
         let table = self.table.lock();
-        if pages >= BLOCK_PAGES {
-            table.device.has_block()
+        table.coherent.used() + table.private.used()
+    }
+
+    /// Whether `pages` pages of the device's memory are free; of private memory, as a block if that many are wanted.
+    pub(crate) fn has_room(&self, kind: Kind, pages: usize) -> bool {
+        let mut table = self.table.lock();
+        let blocks = table.device(kind);
+        if kind == Kind::Private && pages >= BLOCK_PAGES {
+            blocks.has_block()
         } else {
-            table.device.pages() - table.device.used() >= pages
+            blocks.pages() - blocks.used() >= pages
         }
     }
 
     /// The block of the device's memory that has not been used for the longest time, among those that have pages in
     /// use; from now on it counts as used.
-    pub(crate) fn coldest(&self) -> Option<DeviceBlock> {
+    pub(crate) fn coldest(&self, kind: Kind) -> Option<DeviceBlock> {
         let mut table = self.table.lock();
-        let block = table.device.coldest()?;
-        table.device.touch(block * BLOCK_PAGES);
-        Some(DeviceBlock(block))
+        let before = table.before(kind);
+        let blocks = table.device(kind);
+        let block = blocks.coldest()?;
+        blocks.touch(block * BLOCK_PAGES);
+        Some(DeviceBlock(before / BLOCK_PAGES + block))
+    }
+
+    /// The kind of the pages of `block`.
+    pub(crate) fn kind_of(&self, block: DeviceBlock) -> Kind {
+        if block.0 * BLOCK_PAGES < self.coherent_pages() {
+            Kind::Coherent
+        } else {
+            Kind::Private
+        }
     }
 
     /// The blocks of the device's memory that have pages in use.
     pub(crate) fn blocks_in_use(&self) -> impl Iterator<Item = DeviceBlock> + '_ {
-        let count = self.table.lock().device.pages() / BLOCK_PAGES;
-        (0..count)
-            .filter(|block| self.table.lock().device.used_in(*block) > 0)
+        (0..self.device / BLOCK_PAGES)
             .map(DeviceBlock)
+            .filter(|block| self.used_in(*block) > 0)
     }
 
     /// How many pages of `block` are in use.
     pub(crate) fn used_in(&self, block: DeviceBlock) -> usize {
-        self.table.lock().device.used_in(block.0)
+        let mut table = self.table.lock();
+        let (blocks, index) = table.allocator(block.0 * BLOCK_PAGES);
+        blocks.used_in(index / BLOCK_PAGES)
     }
 
     /// `count` pages from `page` on, as far as there are that many.
-    pub(crate) fn following(&self, page: DevicePage, count: usize) -> impl Iterator<Item = DevicePage> {
-        let first = page.pfn().number();
-        let end = (first + count).min(self.first + self.count);
-        // SAFETY: These are device-private pages, by the type invariant.
-        (first..end).map(|number| DevicePage(unsafe { Pfn::new(number) }))
+    pub(crate) fn following(&self, page: DevicePage, count: usize) -> impl Iterator<Item = DevicePage> + '_ {
+        let first = self.index(page).unwrap_or(self.count());
+        (first..(first + count).min(self.count())).filter_map(|index| self.page(index))
     }
 
     /// The pages of `block`.
     pub(crate) fn pages_of(&self, block: DeviceBlock) -> impl Iterator<Item = DevicePage> + '_ {
-        let first = self.first + block.0 * BLOCK_PAGES;
-        // SAFETY: These are device-private pages, by the type invariant.
-        (first..first + BLOCK_PAGES).map(|number| DevicePage(unsafe { Pfn::new(number) }))
+        let first = block.0 * BLOCK_PAGES;
+        (first..first + BLOCK_PAGES).filter_map(|index| self.page(index))
     }
 
     /// Has `page`, which must be allocated and not have any data yet, take the place of a page.
     pub(crate) fn set(&self, page: DevicePage, data: Data, note: H::PageData) {
         let index = self.index(page);
+        let device = self.device;
         let mut table = self.table.lock();
-        let device = table.device.pages();
         let entry = index.and_then(|index| table.entries.get_mut(index));
-        let fits = matches!(data, Data::Device) == index.is_some_and(|index| index < device);
+        let of_device = matches!(data, Data::Device | Data::Discarded);
+        let fits = of_device == index.is_some_and(|index| index < device);
         match entry {
             Some(entry) if fits && entry.data.is_none() => {
                 entry.note = note;
@@ -490,11 +646,28 @@ impl<H: Handler> PrivateMemory<H> {
         let same = entry.data.as_ref().is_some_and(|data| data.place(index) == place) && check(&entry.note);
         if same {
             entry.note = note;
-            if index < table.device.pages() {
-                table.device.touch(index);
+            if let Some(data @ Data::Discarded) = &mut entry.data {
+                *data = Data::Device;
             }
+            let (blocks, index) = table.allocator(index);
+            blocks.touch(index);
         }
         same
+    }
+
+    /// Notes that nobody needs the data of `page`, if it is in the device's memory and its note is right in the eyes of
+    /// `check`. That holds until [`Self::update`], after which the device may write there.
+    ///
+    /// The caller knows that the device does not access the page.
+    pub(crate) fn discard(&self, page: DevicePage, check: impl FnOnce(&H::PageData) -> bool) {
+        let Some(index) = self.index(page) else { return };
+        let mut table = self.table.lock();
+        let entry = &mut table.entries[index];
+        if check(&entry.note) {
+            if let Some(data @ Data::Device) = &mut entry.data {
+                *data = Data::Discarded;
+            }
+        }
     }
 
     /// Takes the data of `page`, in order to bring it home, and the driver's note.
@@ -509,8 +682,9 @@ impl<H: Handler> PrivateMemory<H> {
     pub(crate) fn for_each(&self, select: impl Fn(&H::PageData) -> bool, mut each: impl FnMut(DevicePage)) {
         let mut next = 0;
         while let Some(index) = self.next_selected(next, &select) {
-            // SAFETY: One of our pages, by the type invariant.
-            each(DevicePage(unsafe { Pfn::new(self.first + index) }));
+            if let Some(page) = self.page(index) {
+                each(page);
+            }
             next = index + 1;
         }
     }
@@ -519,12 +693,12 @@ impl<H: Handler> PrivateMemory<H> {
     fn next_selected(&self, mut index: usize, select: impl Fn(&H::PageData) -> bool) -> Option<usize> {
         /// Entries that are looked at with interrupts disabled.
         const STEP: usize = 512;
-        while index < self.count {
+        while index < self.count() {
             let table = self.table.lock();
-            if table.device.used() + table.stand_ins.used() == 0 {
+            if table.coherent.used() + table.private.used() + table.stand_ins.used() == 0 {
                 return None;
             }
-            let end = self.count.min(index + STEP);
+            let end = self.count().min(index + STEP);
             let selected = |entry: &Entry<_>| entry.data.is_some() && select(&entry.note);
             if let Some(found) = table.entries[index..end].iter().position(selected) {
                 return Some(index + found);
@@ -536,21 +710,28 @@ impl<H: Handler> PrivateMemory<H> {
 
     /// # Safety
     ///
-    /// `pgmap` must be that of a `PrivateMemory<H>` that is alive.
+    /// `pgmap` must be one of a `DeviceMemory<H>` that is alive.
     unsafe fn from_pgmap<'a>(pgmap: *mut c::dev_pagemap) -> &'a Self {
-        // SAFETY: By the contract.
-        unsafe { &*kernel::container_of!(Opaque::cast_from(pgmap), Self, pgmap) }
+        // SAFETY: By the contract, and because `new` has made it with one of these owners.
+        unsafe {
+            let owner = (*pgmap).owner;
+            if (*pgmap).type_ == c::memory_type_MEMORY_DEVICE_COHERENT {
+                &*kernel::container_of!(owner.cast::<u8>(), Self, coherent_owner)
+            } else {
+                &*owner.cast()
+            }
+        }
     }
 
     /// # Safety
     ///
     /// Called by the kernel with a folio of this memory whose last reference is gone. Any context.
     unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
-        // SAFETY: The folio is one of ours; memunmap_pages() in `drop` waits until all are free.
+        // SAFETY: The folio is one of ours; the pagemaps' `drop` waits until all are free.
         let (this, pfn, order) = unsafe {
             let page = c::pinion_folio_page(folio);
             (
-                Self::from_pgmap(c::pinion_device_private_pagemap(page)),
+                Self::from_pgmap(c::pinion_device_pagemap(page)),
                 Pfn::of(page),
                 c::pinion_page_order(page),
             )
@@ -585,14 +766,14 @@ impl<H: Handler> PrivateMemory<H> {
         // SAFETY: The fault is valid during the call, and its page is locked, referenced, and one of ours.
         let (this, fault) = unsafe {
             let page = (*vmf).page;
-            let this = Self::from_pgmap(c::pinion_device_private_pagemap(page));
+            let this = Self::from_pgmap(c::pinion_device_pagemap(page));
             let page = DevicePage(Pfn::of(page));
             (
                 this,
                 FaultedPage {
                     vmf: &*vmf,
                     page,
-                    owner: this.owner(),
+                    owner: this.private_owner(),
                 },
             )
         };
@@ -600,20 +781,6 @@ impl<H: Handler> PrivateMemory<H> {
             Outcome::Done => 0,
             Outcome::Lost => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
             Outcome::OutOfMemory => bindings::vm_fault_reason_VM_FAULT_OOM,
-        }
-    }
-}
-
-#[pinned_drop]
-impl<H: Handler> PinnedDrop for PrivateMemory<H> {
-    fn drop(self: Pin<&mut Self>) {
-        let start = self.first << kernel::page::PAGE_SHIFT;
-        let size = self.count << kernel::page::PAGE_SHIFT;
-        // SAFETY: Mapped by the type invariant. This waits until every page is free: the driver has sent them
-        // home.
-        unsafe {
-            c::memunmap_pages(self.pgmap.get());
-            c::pinion_release_mem_region(start, size);
         }
     }
 }

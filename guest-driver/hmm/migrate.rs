@@ -32,7 +32,7 @@
 
 use super::{
     blocks::{BLOCK_ORDER, BLOCK_PAGES},
-    memory::{DevicePage, FaultedPage, NewDevicePage},
+    memory::{DevicePage, FaultedPage, Kind as MemoryKind, NewDevicePage},
     notifier::Owner,
     page::{NewSystemPage, Pfn, PinnedPage},
 };
@@ -72,7 +72,7 @@ const BITS: usize = u64::BITS as usize;
 pub(crate) enum Purpose {
     /// They stay where they are, with the driver.
     Pin,
-    /// They are copied to device-private pages.
+    /// They are copied to device pages.
     Move,
 }
 
@@ -83,7 +83,7 @@ pub(crate) enum What {
     Hole,
     /// A system page.
     System(Pfn),
-    /// A device-private page.
+    /// A device page, private or coherent.
     Device(DevicePage),
 }
 
@@ -102,7 +102,7 @@ pub(crate) struct Source {
 
 /// What has become of an entry that had a destination.
 pub(crate) enum Outcome {
-    /// It is represented by this device-private page, and those that follow up to the order.
+    /// It is represented by this device page, and those that follow up to the order.
     Away(DevicePage, u32),
     /// It is represented by this device-private page, and is itself the driver's now.
     Pinned(DevicePage, PinnedPage),
@@ -115,7 +115,7 @@ pub(crate) enum Outcome {
 enum Kind {
     /// A range of a process (`migrate_vma_*`).
     Vma,
-    /// Device-private pages, wherever they are mapped (`migrate_device_*`).
+    /// Device pages, wherever they are mapped (`migrate_device_*`).
     Pages,
 }
 
@@ -290,8 +290,9 @@ pub(crate) fn setup_range<'a>(
         .filter(|vma| vma.start() <= range.start)
         .ok_or(EFAULT)?;
     let range = range.start..range.end.min(vma.end());
+    // A private mapping of a file has pages of anonymous memory where the process has written.
     // SAFETY: The area is valid while mmap_lock is held.
-    if purpose == Purpose::Move && !unsafe { c::pinion_vma_is_anonymous(vma.as_ptr()) } {
+    if purpose == Purpose::Move && unsafe { c::pinion_vma_is_shared(vma.as_ptr()) } {
         return Err(EINVAL);
     }
     let system = c::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM;
@@ -313,8 +314,8 @@ pub(crate) fn setup_range<'a>(
     unsafe { Unmapped::setup(entries) }
 }
 
-/// Unmaps the device-private pages of `owner` in `range`, as far as it is in the same area as its beginning, in order to
-/// bring them home.
+/// Unmaps the device pages of `owner`, which are of that kind, in `range`, as far as it is in the same area as its beginning, in
+/// order to bring them home.
 ///
 /// # Errors
 ///
@@ -322,6 +323,7 @@ pub(crate) fn setup_range<'a>(
 pub(crate) fn setup_home<'a>(
     mmap: &'a MmapReadGuard<'_>,
     range: Range<usize>,
+    kind: MemoryKind,
     owner: Owner,
 ) -> Result<Unmapped<'a>> {
     let vma = mmap
@@ -329,8 +331,13 @@ pub(crate) fn setup_home<'a>(
         .filter(|vma| vma.start() <= range.start)
         .ok_or(EFAULT)?;
     let range = range.start..range.end.min(vma.end());
-    let flags = c::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE
-        | c::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND;
+    let flags = match kind {
+        MemoryKind::Private => {
+            c::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE
+                | c::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND
+        }
+        MemoryKind::Coherent => c::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_COHERENT,
+    };
     let entries = Entries::range(vma.as_ptr(), range, owner, flags, 0)?;
     // SAFETY: The vma is valid while mmap_lock is held, and the range is in it.
     unsafe { Unmapped::setup(entries) }
@@ -377,7 +384,7 @@ pub(crate) fn setup_fault<'a>(fault: &'a FaultedPage<'_>, around: usize) -> Resu
     }
 }
 
-/// Unmaps device-private pages wherever they are mapped, in order to bring them home.
+/// Unmaps device pages wherever they are mapped, in order to bring them home.
 ///
 /// Only for what cannot be reached through a process: the kernel (7.3) does not keep the page's anon_vma while
 /// such a migration is under way, although `rmap_walk_anon_lock()` asks for that of users without mmap_lock.
@@ -453,7 +460,7 @@ impl<'a> Unmapped<'a> {
                 // The kernel would go on comparing such a page with others, for which it has to read it.
                 // SAFETY: As above.
                 let compared = unsafe { c::pinion_page_is_ksm(pfn.page()) };
-                (pinnable && !compared).then_some(source)
+                (pinnable && !compared && is_anonymous(pfn)).then_some(source)
             }
             _ => Some(source),
         }
@@ -486,7 +493,7 @@ impl<'a> Unmapped<'a> {
         Some(())
     }
 
-    /// Has the entry migrate to a device-private folio, of the same order or less. Its data has to get there before
+    /// Has the entry migrate to a device folio, of the same order or less. Its data has to get there before
     /// [`Self::advance`], unless it is pinned.
     pub(crate) fn send_away(&mut self, index: usize, page: NewDevicePage) {
         let order = page.order();
@@ -495,7 +502,7 @@ impl<'a> Unmapped<'a> {
         let _ = self.set_destination(index, pfn, order, 0);
     }
 
-    /// Has the entry, which is device-private, migrate to a folio of the system, of the same order or less. Its data has
+    /// Has the entry, which is a device page, migrate to a folio of the system, of the same order or less. Its data has
     /// to get there before [`Self::advance`].
     pub(crate) fn send_home(&mut self, index: usize, page: NewSystemPage) {
         let order = page.order();

@@ -7,8 +7,9 @@
 //! - [`range`]: reading (and faulting in) a range of the CPU's page table;
 //! - [`migrate`]: moving or pinning pages;
 //! - [`exclusive`]: pages that a device has to itself while they stay where they are;
-//! - [`memory`]: device-private memory, the struct pages that take the place of pages which the device has, and
-//!   [`blocks`], by which they are allocated.
+//! - [`pagemap`]: struct pages for memory of a device, private or coherent;
+//! - [`memory`]: what is done with them: they take the place of pages which the device has. [`blocks`] allocates
+//!   them.
 //!
 //! Kernel documentation: `Documentation/mm/hmm.rst`.
 
@@ -18,4 +19,5 @@ pub(crate) mod memory;
 pub(crate) mod migrate;
 pub(crate) mod notifier;
 pub(crate) mod page;
+pub(crate) mod pagemap;
 pub(crate) mod range;

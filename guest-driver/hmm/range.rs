@@ -48,7 +48,7 @@ pub(crate) enum Wanted {
 pub(crate) enum Found {
     /// Nothing is there, or nothing that a device could use.
     Nothing,
-    /// A page that the CPU can use.
+    /// A page of the system.
     System {
         /// Which.
         pfn: Pfn,
@@ -57,6 +57,13 @@ pub(crate) enum Found {
     },
     /// A device-private page of the owner that was named.
     Device {
+        /// Which.
+        page: DevicePage,
+        /// Whether it may be written.
+        writable: bool,
+    },
+    /// A page of a device's coherent memory, whosever that is: the CPU can use it too.
+    Coherent {
         /// Which.
         page: DevicePage,
         /// Whether it may be written.
@@ -78,9 +85,23 @@ impl Pages {
         // SAFETY: HMM returns frames that have a `struct page`.
         let pfn = unsafe { Pfn::new(entry & PFN) };
         match DevicePage::from_pfn(pfn) {
+            Some(page) if page.is_coherent() => Found::Coherent { page, writable },
             Some(page) => Found::Device { page, writable },
             None => Found::System { pfn, writable },
         }
+    }
+
+    /// Whether that page cannot be had at all: nothing is mapped there, or the process may not read it, or it is
+    /// nothing that a device can use.
+    pub(crate) fn is_error(&self, index: usize) -> bool {
+        self.0.get(index).is_none_or(|entry| entry & ERROR != 0)
+    }
+
+    /// Base-2 logarithm of the number of pages that are mapped as one, of which that page is one.
+    pub(crate) fn order(&self, index: usize) -> usize {
+        self.0
+            .get(index)
+            .map_or(0, |entry| entry >> ORDER_SHIFT & ORDER_MASK)
     }
 
     /// Whether that page is part of a naturally aligned piece of memory of 512 pages or more that is mapped as one.

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: ((GPL-2.0 WITH Linux-syscall-note) OR MIT) */
 /*
- * Interface of /dev/pinionN, the Pinion virtual GPU. Version 2.
+ * Interface of /dev/pinionN, the Pinion virtual GPU. Version 3.
  *
  * An open file is one GPU address space. It mirrors the address space of the process that opened it: a
  * pointer of the process means the same to the GPU. Only that process may use the file; a child that has
@@ -24,7 +24,8 @@
 
 #define PINION_IOCTL_BASE	0xB9
 
-#define PINION_VERSION		2
+/* 3: the aperture (pinion_info::aperture_size, PINION_LOCATION_APERTURE, PINION_PAGE_COHERENT). */
+#define PINION_VERSION		3
 
 /* What this device and this module can do. */
 struct pinion_info {
@@ -39,6 +40,7 @@ struct pinion_info {
 	__u32 max_commands;	/* in them */
 	__u32 atomics;		/* 1 << PINION_ATOMICS_* for each that is there */
 	__u32 locations;	/* 1 << PINION_LOCATION_* for each that is there */
+	__u64 aperture_size;	/* since 3: bytes of VRAM that the CPU can access, or 0 */
 };
 
 /* How the module keeps a page pinned in place. */
@@ -250,10 +252,21 @@ struct pinion_advise {
 
 #define PINION_LOCATION_NONE		0	/* default: pages stay where they are */
 #define PINION_LOCATION_SYSTEM		1	/* system memory: the GPU accesses it there */
-#define PINION_LOCATION_VRAM		2	/* device memory: an access by the GPU brings it there */
+/*
+ * Device memory: an access by the GPU brings it there, and one by the CPU brings it back. That part of VRAM is used which the
+ * CPU cannot access; if there is none, the same as PINION_LOCATION_APERTURE.
+ */
+#define PINION_LOCATION_VRAM		2
+/*
+ * The part of device memory that the CPU can access, as long as there is room: an access by the GPU brings a page there, and it
+ * stays. Both access it at the same time, and atomic operations of both on the same number are atomic. Once the device is lost
+ * such a page may read as anything until the driver has noticed; from then on it is lost, or has been saved. See docs/driver.md.
+ */
+#define PINION_LOCATION_APERTURE	3
 
 /*
- * Brings the pages of a range to a place ahead of their use; in VRAM they are mapped for the GPU as well. What cannot be brought
+ * Brings the pages of a range to a place ahead of their use, and maps them for the GPU: in VRAM to do anything there, in system
+ * memory to read, and to write what is anonymous memory that the process may write to. What cannot be brought
  * there stays where it is; that is not an error. EOPNOTSUPP: there is no such place.
  */
 struct pinion_prefetch {
@@ -261,13 +274,16 @@ struct pinion_prefetch {
 	__u32 flags;		/* 0 */
 	__u64 address;		/* page-aligned, as is the length */
 	__u64 length;
-	__u32 location;		/* PINION_LOCATION_SYSTEM or PINION_LOCATION_VRAM */
+	__u32 location;		/* PINION_LOCATION_*, but not NONE */
 	__u32 reserved;
 };
 
 /*
- * What is in the range is not needed any more: pages that are in VRAM need not be copied when they leave it. Until it is
- * written again, each page of the range reads as what it was or as zeroes.
+ * What is in the range is not needed any more: pages in VRAM leave it without being copied, until the GPU accesses them again. The
+ * memory stays the process's. Until it is written again, each byte of the range reads as what it was or as zero, and may change
+ * from the one to the other; never as what another process has written. What is written afterwards is kept, by whomever and
+ * wherever. Pages that the CPU can access keep what they have, and so do those that the process may not write to, or shares with
+ * a child.
  */
 struct pinion_discard {
 	__u32 size;
@@ -297,9 +313,10 @@ struct pinion_page {
 
 #define PINION_PAGE_CPU			0	/* not known to the GPU */
 #define PINION_PAGE_MIRRORED		1	/* mapped by the GPU as well */
-#define PINION_PAGE_VRAM		2	/* in VRAM */
+#define PINION_PAGE_VRAM		2	/* in VRAM, where the CPU cannot access it */
 #define PINION_PAGE_PINNED		3	/* pinned in place for the GPU */
 #define PINION_PAGE_EXCLUSIVE		4	/* exclusive to the GPU, in place */
+#define PINION_PAGE_COHERENT		5	/* in VRAM, where the CPU can access it */
 
 #define PINION_RIGHT_READ		(1 << 0)
 #define PINION_RIGHT_WRITE		(1 << 1)

@@ -16,7 +16,7 @@
 	_Static_assert(sizeof(struct structure) == (size), #structure);             \
 	_Static_assert(__builtin_offsetof(struct structure, field) == (offset), #structure "." #field)
 
-SAME(pinion_info, 48, locations, 44);
+SAME(pinion_info, 56, aperture_size, 48);
 SAME(pinion_command, 64, reserved, 56);
 SAME(pinion_chase_result, 24, visited, 16);
 SAME(pinion_fence, 16, sequence, 8);

@@ -47,6 +47,8 @@ pub struct Info {
     pub pin_method: PinMethod,
     /// Bytes of device memory.
     pub vram_size: u64,
+    /// Bytes of it that the CPU can access too.
+    pub aperture_size: u64,
     /// Most submissions of a [`Gpu`] that have not ended.
     pub max_submissions: u32,
     /// Most commands in these.
@@ -98,6 +100,7 @@ impl Gpu {
                 }
             },
             vram_size: raw.vram_size,
+            aperture_size: raw.aperture_size,
             max_submissions: raw.max_submissions,
             max_commands: raw.max_commands,
             atomics: Atomics::ALL

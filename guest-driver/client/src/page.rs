@@ -39,13 +39,15 @@ pub enum Location {
     Anywhere = uapi::LOCATION_NONE,
     /// In system memory.
     System = uapi::LOCATION_SYSTEM,
-    /// In VRAM, when the GPU uses them.
+    /// In VRAM, when the GPU uses them, and back when the CPU does.
     Vram = uapi::LOCATION_VRAM,
+    /// In the part of VRAM that the CPU can access too, when the GPU uses them.
+    Aperture = uapi::LOCATION_APERTURE,
 }
 
 impl Location {
     /// All there are.
-    pub const ALL: [Self; 3] = [Self::Anywhere, Self::System, Self::Vram];
+    pub const ALL: [Self; 4] = [Self::Anywhere, Self::System, Self::Vram, Self::Aperture];
 }
 
 /// Where a page is.
@@ -62,6 +64,8 @@ pub enum PageState {
     Pinned,
     /// It is exclusive to the GPU, in place; the CPU cannot access it.
     Exclusive,
+    /// It is in VRAM, where the CPU and the GPU may both access it.
+    Coherent,
 }
 
 /// What the GPU may do with a page at the moment without asking the driver.
@@ -98,6 +102,7 @@ impl Page {
                 uapi::PAGE_VRAM => PageState::Vram,
                 uapi::PAGE_PINNED => PageState::Pinned,
                 uapi::PAGE_EXCLUSIVE => PageState::Exclusive,
+                uapi::PAGE_COHERENT => PageState::Coherent,
                 value => {
                     return Err(Error::Unknown {
                         what: "page state",

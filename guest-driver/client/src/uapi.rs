@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 /// The character that all request numbers share.
 pub const IOCTL_BASE: u8 = 0xb9;
 
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// `struct pinion_info`
 #[repr(C)]
@@ -31,6 +31,7 @@ pub struct Info {
     pub max_commands: u32,
     pub atomics: u32,
     pub locations: u32,
+    pub aperture_size: u64,
 }
 
 pub const PIN_METHOD_MIGRATE_PFN: u32 = 1;
@@ -201,6 +202,7 @@ pub const ATOMICS_UNPROTECTED: u32 = 4;
 pub const LOCATION_NONE: u32 = 0;
 pub const LOCATION_SYSTEM: u32 = 1;
 pub const LOCATION_VRAM: u32 = 2;
+pub const LOCATION_APERTURE: u32 = 3;
 
 /// `struct pinion_prefetch`
 #[repr(C)]
@@ -253,6 +255,7 @@ pub const PAGE_MIRRORED: u32 = 1;
 pub const PAGE_VRAM: u32 = 2;
 pub const PAGE_PINNED: u32 = 3;
 pub const PAGE_EXCLUSIVE: u32 = 4;
+pub const PAGE_COHERENT: u32 = 5;
 
 pub const RIGHT_READ: u32 = 1 << 0;
 pub const RIGHT_WRITE: u32 = 1 << 1;

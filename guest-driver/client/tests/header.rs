@@ -23,7 +23,7 @@ fn expected() -> BTreeMap<String, u64> {
         };
     }
     structure!("pinion_info", uapi::Info, size flags version rings max_batch pin_method vram_size max_submissions
-        max_commands atomics locations);
+        max_commands atomics locations aperture_size);
     structure!("pinion_command", uapi::Command, opcode operation width flags repeat address source length operand
         compare stride span reserved);
     structure!("pinion_chase_result", uapi::ChaseResult, pointer sum visited);
@@ -49,8 +49,8 @@ fn expected() -> BTreeMap<String, u64> {
         SUBMIT_FENCE MAX_FENCES WAIT_ANY WAIT_ABSOLUTE STATUS_OK STATUS_INVALID STATUS_UNSUPPORTED STATUS_BAD_ADDRESS
         STATUS_BUS_ERROR STATUS_CONTEXT_ERROR STATUS_FAULT STATUS_RESET STATUS_HUNG STATUS_DEVICE_LOST
         STATUS_NOT_EXCLUSIVE STATUS_NO_MEMORY STATUS_PENDING ADVISE_ATOMICS ADVISE_LOCATION ATOMICS_AUTO ATOMICS_PIN
-        ATOMICS_EXCLUSIVE ATOMICS_MIGRATE ATOMICS_UNPROTECTED LOCATION_NONE LOCATION_SYSTEM LOCATION_VRAM PAGE_CPU
-        PAGE_MIRRORED PAGE_VRAM PAGE_PINNED PAGE_EXCLUSIVE RIGHT_READ RIGHT_WRITE RIGHT_ATOMIC);
+        ATOMICS_EXCLUSIVE ATOMICS_MIGRATE ATOMICS_UNPROTECTED LOCATION_NONE LOCATION_SYSTEM LOCATION_VRAM LOCATION_APERTURE PAGE_CPU
+        PAGE_MIRRORED PAGE_VRAM PAGE_PINNED PAGE_EXCLUSIVE PAGE_COHERENT RIGHT_READ RIGHT_WRITE RIGHT_ATOMIC);
     values.insert("PINION_QUERY_MAX".to_owned(), uapi::QUERY_MAX as u64);
     for (name, number) in [
         (uapi::Info::NAME, uapi::Info::NUMBER),

@@ -6,9 +6,12 @@
 //! too long fails and is left behind.
 
 mod access;
+mod aperture;
 mod commands;
 mod interface;
+mod kinds;
 mod lifetime;
+mod meanwhile;
 mod observing;
 mod ownership;
 mod several;
@@ -41,6 +44,8 @@ fn all() -> Vec<Test> {
         access::TESTS,
         ownership::TESTS,
         vram::TESTS,
+        kinds::TESTS,
+        meanwhile::TESTS,
         lifetime::TESTS,
         observing::TESTS,
     ]
@@ -49,7 +54,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    [vram::FILLING, several::TESTS].concat()
+    [vram::FILLING, several::TESTS, aperture::TESTS].concat()
 }
 
 /// Runs a test in this process.
