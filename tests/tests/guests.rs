@@ -71,7 +71,7 @@ impl Guest {
     fn run_and(self, command: &[&str], mut act: impl FnMut(u32)) -> Ended {
         let _turn = turn();
         let log = log_file();
-        let timeout = if self.kernel == "debug" { "1800" } else { "300" };
+        let timeout = if self.kernel == "debug" { "1800" } else { "900" };
         let mut child = Command::new(script("run"))
             .args(["--kernel", self.kernel, "--timeout", timeout, "--log"])
             .arg(&log)

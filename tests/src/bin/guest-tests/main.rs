@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use crate::support::{Outcome, Test};
 
 /// Longest time that a test may take, where nothing slows it down.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(100);
 
 /// The exit status of a test that was skipped (as in the kernel's selftests).
 const SKIPPED: u8 = 4;

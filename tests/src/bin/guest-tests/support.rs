@@ -57,7 +57,7 @@ pub(crate) use {ensure, ensure_eq, tests};
 
 /// Time for work that takes none to speak of.
 pub(crate) fn soon() -> Duration {
-    patiently(Duration::from_secs(10))
+    patiently(Duration::from_secs(30))
 }
 
 pub(crate) fn open() -> Result<Gpu, Failure> {
