@@ -15,6 +15,11 @@
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
 //!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. In VRAM that the CPU sees, the two share it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
+pub(crate) mod explicit;
+mod observation;
+
+pub(crate) use self::observation::Observation;
+
 use crate::{
     abi,
     advice::{Advice, Atomics, Location, Policy},
@@ -24,7 +29,7 @@ use crate::{
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
         exclusive::ExclusivePage,
-        memory::{self, Data, Kind, NewDevicePage},
+        memory::{self, Data, DevicePage, Kind, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
         page::Pfn,
@@ -48,7 +53,7 @@ use kernel::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, Mutex, SpinLock,
     },
-    time::{delay::fsleep, Delta},
+    time::{delay::fsleep, Delta, Instant, Monotonic},
     workqueue::{Work, WorkItem},
 };
 
@@ -140,6 +145,11 @@ pub(crate) struct AddressSpace {
     closed: Atomic<bool>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
     doomed: Atomic<i32>,
+    /// What is known of accesses to come, and wanted to be known of their faults.
+    #[pin]
+    observation: Observation,
+    /// The next allocation of memory for a page that moves is to fail.
+    failing: Atomic<bool>,
     /// Its work.
     submissions: Arc<Submissions>,
     statistics: Arc<Statistics>,
@@ -207,6 +217,8 @@ impl AddressSpace {
                 handling <- new_mutex!(batch, "AddressSpace::handling"),
                 closed: Atomic::new(false),
                 doomed: Atomic::new(0),
+                observation <- Observation::new(),
+                failing: Atomic::new(false),
                 submissions,
                 statistics,
             }),
@@ -365,6 +377,7 @@ impl AddressSpace {
         }
         self.statistics.faults.add(batch.len() as i64, Relaxed);
         for fault in batch.iter() {
+            self.observation.count(fault);
             trace::fault(
                 self.gpu.number(),
                 self.context,
@@ -391,6 +404,9 @@ impl AddressSpace {
         let Some(fault) = batch.first().copied() else {
             return;
         };
+        if let Some(rest) = self.observation.ahead(&fault) {
+            self.map_ahead(&fault, rest);
+        }
         let Err(error) = self.persist(batch, fault.fault) else {
             return;
         };
@@ -415,6 +431,7 @@ impl AddressSpace {
             return Err(Error::from_errno(doomed));
         }
         let mut outcome = Err(EAGAIN);
+        let begin = Instant::<Monotonic>::now();
         for attempt in 0..ATTEMPTS {
             if self.is_closing() {
                 return Err(ESRCH);
@@ -423,10 +440,7 @@ impl AddressSpace {
             match outcome {
                 // Resolved with what was mapped for it, though not all of that came to pass.
                 _ if !batch.iter().any(|other| other.fault == fault) => return Ok(()),
-                Err(error) if error == EAGAIN || error == EBUSY => {
-                    let pause = 1i64 << attempt.min(10);
-                    fsleep(Delta::from_micros(pause));
-                }
+                Err(error) if error == EAGAIN || error == EBUSY => pause(attempt, begin),
                 _ => break,
             }
         }
@@ -585,7 +599,7 @@ impl AddressSpace {
                 if policy.atomics == Atomics::Exclusive {
                     return self.make_exclusive(mm, sequence, va, batch);
                 }
-                return self.pin(mm, sequence, range, batch);
+                return self.pin(mm, sequence, range, policy, batch);
             }
             // Have it home first if another address space has it, for only one can; and if it may not be
             // written as it is (after fork, or mprotect), which is for the CPU's fault handler to mend.
@@ -623,10 +637,6 @@ impl AddressSpace {
                 },
                 other => other,
             };
-            let mine = Mapped {
-                context: self.context,
-                va,
-            };
             *entry = match found {
                 Found::System { pfn, writable, .. } if !exclusive && (writable || !write) => {
                     let mut rights = u64::from(guard.rights(va)) | abi::PTE_READ;
@@ -640,34 +650,13 @@ impl AddressSpace {
                     }
                     pfn.address() | rights | abi::PTE_VALID
                 }
-                Found::Coherent { page, writable } if writable || !write => {
-                    let Some((place, _)) = memory.get(page) else {
-                        continue;
-                    };
-                    if !memory.update(page, place, |_| true, mine) {
-                        continue;
+                Found::Coherent { page, writable } | Found::Device { page, writable, .. }
+                    if writable || !write =>
+                {
+                    match self.device_entry(page, writable, va) {
+                        Some(entry) => entry,
+                        None => continue,
                     }
-                    if writable {
-                        page.pfn().mark_dirty();
-                    }
-                    let Some(leads_to) = place_entry(place) else {
-                        continue;
-                    };
-                    leads_to | rights_of(writable) | abi::PTE_VALID
-                }
-                Found::Device { page, writable, .. } if writable || !write => {
-                    let Some((place, _)) = memory.get(page) else {
-                        continue;
-                    };
-                    // Another migration home, of which this window knows nothing, may have come first.
-                    let current = |mapped: &Mapped| mapped.context == self.context;
-                    if !memory.update(page, place, current, mine) {
-                        continue;
-                    }
-                    let Some(leads_to) = place_entry(place) else {
-                        continue;
-                    };
-                    leads_to | rights_of(writable) | abi::PTE_VALID
                 }
                 _ => continue,
             };
@@ -680,6 +669,27 @@ impl AddressSpace {
         let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
         self.statistics.mirrors.add(count as i64, Relaxed);
         map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// The entry for a page of this GPU, which is at `va` from now on; none if it has begun to go home, or if it is
+    /// device-private and another address space's. The window is locked.
+    fn device_entry(&self, page: DevicePage, writable: bool, va: usize) -> Option<u64> {
+        let memory = self.gpu.memory();
+        let mine = Mapped {
+            context: self.context,
+            va,
+        };
+        let (place, _) = memory.get(page)?;
+        let coherent = memory.kind(page) == Some(Kind::Coherent);
+        // Another migration home, of which the window knows nothing, may have come first.
+        let current = |mapped: &Mapped| coherent || mapped.context == self.context;
+        if !memory.update(page, place, current, mine) {
+            return None;
+        }
+        if coherent && writable {
+            page.pfn().mark_dirty();
+        }
+        Some(place_entry(place)? | rights_of(writable) | abi::PTE_VALID)
     }
 
     /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
@@ -705,11 +715,15 @@ impl AddressSpace {
     ///
     /// The replay is waited for before the migration is finished: until then a CPU access waits, so that the
     /// GPU gets at least the access done for which it has asked.
+    ///
+    /// Migrations home that were under way when the sequence began are over once the pages are unmapped and locked: they do not count.
+    /// Else the page would be handed over for nothing, and the CPU have to bring it home for nothing, which can repeat itself.
     fn pin(
         &self,
         mm: &MmWithUser,
-        sequence: Sequence<'_, Window>,
+        mut sequence: Sequence<'_, Window>,
         range: Range<usize>,
+        policy: Policy,
         batch: &mut Batch,
     ) -> Result {
         let memory = self.gpu.memory();
@@ -718,6 +732,12 @@ impl AddressSpace {
         let mut unmapped = migrate::setup_range(&mmap, range.clone(), self.actor(), Purpose::Pin)?;
         if unmapped.get(0).is_none() {
             return Err(EBUSY);
+        }
+        sequence.forget_revocations();
+        // What a program says about its memory is a revocation too, which comes after what it has said can be read here.
+        let (current, alike) = self.advice.get(range.start);
+        if current != policy || alike.end < range.end {
+            return Err(EAGAIN);
         }
         for index in 0..unmapped.len() {
             if unmapped.get(index).is_none() {
@@ -790,6 +810,7 @@ impl AddressSpace {
         // Our own migration is not reported to us. The GPU must not write to what is about to be copied.
         window.revoke_within(&mut sequence).take_back(range.clone());
         let mut plan = Plan::new(unmapped.len())?;
+        plan.failing = self.take_failure();
         let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
         plan.fill(memory, kind, &mut unmapped, page(wanted.start)..page(wanted.end))?;
         if plan.count == 0 {
@@ -1058,6 +1079,16 @@ impl AddressSpace {
 /// How often a piece is tried to be prefetched.
 const PREFETCH_ATTEMPTS: usize = 3;
 
+/// Lets others go on after so many attempts in vain since `begin`: for longer each time, up to a millisecond, and not in step
+/// with somebody who is in the same situation. Two GPUs that want the same page would otherwise take it from each other for
+/// ever.
+fn pause(attempt: u32, begin: Instant<Monotonic>) {
+    let longest = 1i64 << attempt.min(10);
+    // Half of it, and a part of the other half: the low bits of how long something took are as good as random ones for this.
+    let jitter = begin.elapsed().as_nanos() % (longest * 500 + 1);
+    fsleep(Delta::from_nanos(longest * 500 + jitter));
+}
+
 /// Sorts by address. (There are few; what `core` has for it is much code, and objtool does not like it.)
 fn sort(batch: &mut [abi::EventRecord]) {
     for end in 1..batch.len() {
@@ -1095,7 +1126,9 @@ fn map_and_replay(window: &mut Window, va: usize, entries: &[u64], batch: &mut B
         let entry = entries.get(page)?;
         // `ACCESS_*` are the bits of an entry, without VALID.
         let needed = u64::from(fault.access) << 1;
-        (entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
+        // An access that is still to come has no fault to be replayed.
+        let stalled = fault.fault != 0;
+        (stalled && entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
     };
     let mut faults = [0; MAX_REPLAYS];
     let mut count = 0;
@@ -1116,6 +1149,8 @@ struct Plan {
     transfers: Transfers,
     /// How many pages.
     count: usize,
+    /// The next allocation is to fail.
+    failing: bool,
 }
 
 impl Plan {
@@ -1125,7 +1160,21 @@ impl Plan {
             entries: KVec::from_elem(0, count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(count)?,
             count: 0,
+            failing: false,
         })
+    }
+
+    /// Takes a folio of VRAM.
+    fn allocate(
+        &mut self,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
+        order: u32,
+    ) -> Result<NewDevicePage> {
+        if core::mem::take(&mut self.failing) {
+            return Err(ENOSPC);
+        }
+        memory.allocate_device(kind, order)
     }
 
     /// Finds a place in VRAM for what is unmapped, as far as there is room.
@@ -1148,7 +1197,7 @@ impl Plan {
                 _ => {}
             }
             if source.order > 0 {
-                if let Ok(block) = memory.allocate_device(kind, BLOCK_ORDER) {
+                if let Ok(block) = self.allocate(memory, kind, BLOCK_ORDER) {
                     self.send(memory, unmapped, source, 0, block)?;
                     continue;
                 }
@@ -1157,7 +1206,7 @@ impl Plan {
                 // In pieces, then; the kernel wants all of them or none.
                 let mut pieces = KVec::with_capacity(BLOCK_PAGES, GFP_KERNEL)?;
                 for _ in 0..BLOCK_PAGES {
-                    let Ok(page) = memory.allocate_device(kind, 0) else {
+                    let Ok(page) = self.allocate(memory, kind, 0) else {
                         break;
                     };
                     pieces.push(page, GFP_KERNEL)?;
@@ -1170,7 +1219,7 @@ impl Plan {
                 continue;
             }
             for piece in 0..count {
-                let Ok(page) = memory.allocate_device(kind, 0) else {
+                let Ok(page) = self.allocate(memory, kind, 0) else {
                     return Ok(());
                 };
                 self.send(memory, unmapped, source, piece, page)?;

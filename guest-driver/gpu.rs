@@ -22,7 +22,7 @@ use crate::{
     address_space::AddressSpace,
     chardev::{self, CharDevice},
     copy::{self, CopyEngine, Transfers},
-    debugfs,
+    debugfs, dmirror,
     file::FileHandle,
     hmm::memory::{DeviceMemory, Kind},
     residency::Residency,
@@ -234,6 +234,8 @@ pub(crate) struct Gpu {
     transport: Mutex<Option<Transport>>,
     #[pin]
     node: Mutex<Option<Pin<KBox<Node>>>>,
+    #[pin]
+    dmirror: Mutex<dmirror::Nodes>,
     #[pin]
     debug: Mutex<Option<Pin<KBox<debugfs::Directory>>>>,
     #[pin]
@@ -623,6 +625,13 @@ impl Gpu {
         }
     }
 
+    /// Ends all work of a context, which is alive afterwards if it was in error. When this returns, no access of that work is in
+    /// flight or will start.
+    pub(crate) fn reset_context(self: &Arc<Self>, context: u32) -> Result {
+        let request = header(abi::REQUEST_CONTEXT_RESET, context);
+        self.request(&request, "no answer to CONTEXT_RESET").map(|_| ())
+    }
+
     /// Forgets the address space of a context that has ended, and frees its number.
     pub(crate) fn forget_context(&self, context: u32) {
         self.contexts.set(context, None);
@@ -972,6 +981,7 @@ impl virtio::Driver for Gpu {
                 stopped <- Completion::new(),
                 transport <- new_mutex!(Some(transport), "Gpu::transport"),
                 node <- new_mutex!(None, "Gpu::node"),
+                dmirror <- new_mutex!(KVec::new(), "Gpu::dmirror"),
                 debug <- new_mutex!(None, "Gpu::debug"),
                 event_work <- new_work!("Gpu::event_work"),
                 loss_work <- new_work!("Gpu::loss_work"),
@@ -1004,8 +1014,9 @@ impl virtio::Driver for Gpu {
         }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
         *this.debug.lock() = Some(this.debug_directory(&name)?);
-        let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
+        let node = KBox::pin_init(Node::with_poll(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
+        *this.dmirror.lock() = dmirror::nodes(this)?;
         Ok(())
     }
 
@@ -1035,6 +1046,8 @@ impl virtio::Driver for Gpu {
     fn remove(this: Arc<Self>) {
         let node = this.node.lock().take();
         drop(node);
+        let nodes = core::mem::replace(&mut *this.dmirror.lock(), KVec::new());
+        drop(nodes);
         let debug = this.debug.lock().take();
         drop(debug);
         // As long as the device can still copy.

@@ -52,6 +52,7 @@ void pinion_lock_page(struct page *page);
 void pinion_unlock_page(struct page *page);
 bool pinion_page_is_anon(struct page *page);
 bool pinion_page_is_ksm(struct page *page);
+bool pinion_pfn_is_zero(unsigned long pfn);
 bool pinion_page_may_pin(struct page *page);
 bool pinion_page_is_mapped(struct page *page);
 void pinion_page_mark_dirty(struct page *page);
@@ -65,7 +66,7 @@ unsigned long pinion_totalram_pages(void);
 struct page *pinion_alloc_vma_page(struct vm_area_struct *vma, unsigned long address, unsigned int order);
 struct page *pinion_alloc_page(void);
 void pinion_clear_pages(struct page *page, unsigned int order);
-bool pinion_vma_is_anonymous(struct vm_area_struct *vma);
+bool pinion_vma_is_shared(struct vm_area_struct *vma);
 bool pinion_vma_is_writable(struct vm_area_struct *vma);
 bool pinion_vma_may_have_huge_pages(struct vm_area_struct *vma);
 

@@ -44,6 +44,9 @@ const PATIENCE: u32 = 5000;
 const ROUNDS: usize = 3000;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
+/// Pinned pages that the CPU takes back one after the other, as they follow each other in memory, before it gets the rest of
+/// their 2 MiB at once.
+const MANY_IN_A_ROW: usize = 8;
 /// Blocks that are evicted at most to make room for one.
 const MOST_EVICTIONS: usize = 64;
 /// Bytes of a page.
@@ -78,6 +81,18 @@ pub(crate) struct Residency {
     /// While it is there. It owns the memory, which must not own it for ever.
     #[pin]
     gpu: SpinLock<Option<Arc<Gpu>>>,
+    /// What CPUs have taken back last.
+    #[pin]
+    streak: SpinLock<Streak>,
+}
+
+/// Pages that have come home because a CPU has touched one after the other, as they follow each other in memory.
+#[derive(Clone, Copy, Default)]
+struct Streak {
+    /// The page that comes next.
+    next: Mapped,
+    /// How many there have been.
+    pages: usize,
 }
 
 /// Why pages have not come home.
@@ -165,6 +180,8 @@ struct Journey<'a> {
     transfers: Transfers,
     /// Whoever closes one of these contexts waits for us.
     leaving: KVec<(u32, Leaving<'a>)>,
+    /// Whether the next allocation is to fail: not known before the first.
+    failing: Option<bool>,
 }
 
 impl<'a> Journey<'a> {
@@ -180,6 +197,7 @@ impl<'a> Journey<'a> {
             travellers: KVVec::with_capacity(count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(copies).map_err(|_| Trouble::NoMemory)?,
             leaving: KVec::new(),
+            failing: None,
         })
     }
 
@@ -212,6 +230,27 @@ impl<'a> Journey<'a> {
         Ok(())
     }
 
+    /// Allocates memory of the system for `page`, unless the address space that has it was told to let that fail.
+    fn allocate(
+        &mut self,
+        unmapped: &Unmapped<'_>,
+        page: DevicePage,
+        index: usize,
+        order: u32,
+    ) -> Option<NewSystemPage> {
+        let memory = self.memory;
+        let fails = self.failing.get_or_insert_with(|| {
+            let space = memory
+                .get(page)
+                .and_then(|(_, mapped)| memory.handler().contexts.get(mapped.context));
+            space.is_some_and(|space| space.take_failure())
+        });
+        if core::mem::take(fails) {
+            return None;
+        }
+        unmapped.allocate(index, order)
+    }
+
     /// Takes a folio in VRAM out of the table, and finds room for it at home.
     fn take_vram(
         &mut self,
@@ -223,7 +262,7 @@ impl<'a> Journey<'a> {
         let memory = self.memory;
         let large = match source.order {
             0 => None,
-            order => unmapped.allocate(source.index, order),
+            order => self.allocate(unmapped, page, source.index, order),
         };
         let order = if large.is_some() { source.order } else { 0 };
         let mut large = large;
@@ -232,7 +271,7 @@ impl<'a> Journey<'a> {
         for (index, page) in (source.index..).zip(pages) {
             let first_of_piece = order == 0 || index == source.index;
             if first_of_piece {
-                let new = large.take().or_else(|| unmapped.allocate(index, 0));
+                let new = large.take().or_else(|| self.allocate(unmapped, page, index, 0));
                 // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
                 let Some(new) = new else {
                     if index == source.index {
@@ -369,7 +408,28 @@ impl Residency {
         pin_init!(Self {
             contexts,
             gpu <- new_spinlock!(None, "Residency::gpu"),
+            streak <- new_spinlock!(Streak::default(), "Residency::streak"),
         })
+    }
+
+    /// How many pages a CPU has taken back in a row that ends where it touches `mapped` now.
+    fn in_a_row(&self, mapped: Mapped) -> usize {
+        let streak = *self.streak.lock();
+        if streak.next == mapped {
+            streak.pages
+        } else {
+            0
+        }
+    }
+
+    /// Takes note that it gets what there is of the `around` pages about `mapped`, after so many in a row.
+    fn continue_row(&self, mapped: Mapped, around: usize, row: usize) {
+        let size = around * PAGE_SIZE;
+        let end = (mapped.va & !(size - 1)) + size;
+        *self.streak.lock() = Streak {
+            next: Mapped { va: end, ..mapped },
+            pages: row + (end - mapped.va) / PAGE_SIZE,
+        };
     }
 
     /// Says which device it is, or that there is none any more.
@@ -601,9 +661,15 @@ impl Residency {
 
     /// Brings home what is in VRAM, while the device can still copy it. Nothing gets there any more.
     pub(crate) fn evacuate(gpu: &Gpu) {
+        gpu.memory().close_device();
+        let _ = Self::vacate(gpu, ROUNDS);
+    }
+
+    /// Brings home what is in VRAM, whoever has it there, in `rounds` at most. Says whether it is all home, which it need not stay.
+    /// Takes locks of processes: none of any process may be held.
+    pub(crate) fn vacate(gpu: &Gpu, rounds: usize) -> bool {
         let memory = gpu.memory();
-        memory.close_device();
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             for block in memory.blocks_in_use() {
                 Self::evict(gpu, block, Which::Only(memory.kind_of(block)));
                 if memory.used_in(block) == 0 || gpu.is_lost() {
@@ -614,11 +680,15 @@ impl Residency {
                     let _ = Self::bring_home(memory, unmapped, Which::Vram);
                 }
             }
-            if memory.used() == 0 || gpu.is_lost() {
-                return;
+            if memory.used() == 0 {
+                return true;
+            }
+            if gpu.is_lost() {
+                return false;
             }
             fsleep(PAUSE);
         }
+        false
     }
 
     /// Has what is unmapped represented by pages on which the CPU faults, and finds nothing. Returns how many.
@@ -750,16 +820,28 @@ impl Handler for Residency {
     type PageData = Mapped;
 
     fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
-        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
-        let (around, which) = match memory.get(fault.page()) {
+        let handler = memory.handler();
+        let found = memory.get(fault.page());
+        let row = found.map_or(0, |(_, mapped)| handler.in_a_row(mapped));
+        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces. But a CPU that goes
+        // through memory does not get each piece by a fault and a round trip of its own.
+        let (around, which) = match found {
+            Some((Place::Device(_), _)) if row >= AROUND => (MAX_PAGES, Which::Vram),
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),
             Some((Place::Lost, _)) => return Outcome::Lost,
+            _ if row >= MANY_IN_A_ROW => (MAX_PAGES, Which::All),
             _ => (1, Which::Pinned(0)),
         };
         match migrate::setup_fault(fault, around) {
             Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                Ok(_) => {
+                    if let Some((_, mapped)) = found {
+                        handler.continue_row(mapped, around, row);
+                    }
+                    Outcome::Done
+                }
                 // A page that could not be brought home is where it was; the CPU tries again.
-                Ok(_) | Err(Trouble::Busy) => Outcome::Done,
+                Err(Trouble::Busy) => Outcome::Done,
                 Err(Trouble::NoMemory) => Outcome::OutOfMemory,
                 Err(Trouble::Lost) => Outcome::Lost,
             },

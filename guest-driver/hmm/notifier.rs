@@ -11,6 +11,7 @@
 //!   begin() -> Sequence --(read the CPU's page table)--> Sequence::commit() -> guard, or Stale: start again
 //!   revoke() -> guard                                    (to take away, which needs no reading)
 //!   revoke_within(sequence) -> guard                     (the same, as part of what the sequence is for)
+//!   forget_revocations(sequence)                         (those until now do not count: nobody can get at the pages)
 //! ```
 //!
 //! The callback gets the state under the same lock. So an entry can be put into the mirror only by someone
@@ -138,6 +139,15 @@ impl<'a, M: Mirror> Sequence<'a, M> {
         self.kernel = kernel;
     }
 
+    /// [`IntervalNotifier::revoke`]s until now do not make this stale any more; changes that the kernel reports still do.
+    ///
+    /// For whoever has unmapped and locked all pages that are going to be committed, and found them where they belong. What
+    /// others have taken out of the mirror before is out of it, since they did that under its lock; and nobody can have
+    /// begun to take these pages home, who would need their locks.
+    pub(crate) fn forget_revocations(&mut self) {
+        self.revocations = self.notifier.state.lock().revocations;
+    }
+
     /// Whether `mm` is the address space that this reads.
     pub(super) fn is_for(&self, mm: &Mm) -> bool {
         // SAFETY: `inner` is initialised; its mm does not change.
@@ -213,6 +223,11 @@ impl<M: Mirror> IntervalNotifier<M> {
             kernel,
             revocations,
         }
+    }
+
+    /// Locks the mirror in order to look at it, and no more.
+    pub(crate) fn look(&self) -> impl core::ops::Deref<Target = M> + '_ {
+        Guard(self.state.lock())
     }
 
     /// Locks the mirror in order to take something out of it. Whoever has begun to read and not committed

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub mod mapping;
+pub mod measurement;
 pub mod pagemap;
 pub mod process;
 
@@ -30,10 +31,24 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
-/// A time within which something must have happened, made longer on a kernel that checks every lock and every access, and is slow
-/// for it.
+/// Whether the kernel checks every lock and every access, and is slow for it.
+fn kernel_is_slow() -> bool {
+    Path::new("/proc/lockdep_stats").exists()
+}
+
+/// A time within which something must have happened, made longer on a kernel that is slow.
 #[must_use]
 pub fn patiently(limit: Duration) -> Duration {
-    let checks = Path::new("/proc/lockdep_stats").exists();
-    limit * if checks { 8 } else { 1 }
+    limit * if kernel_is_slow() { 8 } else { 1 }
+}
+
+/// How often to do something that is done many times for good measure: a fourth of `times`, but twice at least, on a kernel that is
+/// slow, since its checks find at the first time what others find by chance.
+#[must_use]
+pub fn repeatedly(times: usize) -> usize {
+    if kernel_is_slow() {
+        (times / 4).max(2).min(times)
+    } else {
+        times
+    }
 }

@@ -783,6 +783,7 @@ fn work<H: Host>(
         clock: &shared.clock,
         log: &shared.log,
         round_trip: shared.bus.round_trip(),
+        atomic_unit: &shared.atomic_unit,
     };
     loop {
         let execution = match &mut task.execution {

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 use zerocopy::IntoBytes;
 
 use super::access::{OFFSET_MASK, Trouble, Window};
+use super::atomic_unit::{AtomicUnit, Turn};
 use super::clock::Clock;
 use super::command::{Chase, Command};
 use super::event::EventLog;
@@ -114,6 +115,8 @@ pub struct Surroundings<'a> {
     pub log: &'a EventLog,
     /// How long a number takes over the bus and back, in addition to what it takes anyhow.
     pub round_trip: Duration,
+    /// What keeps atomic operations of engines on system memory apart.
+    pub atomic_unit: &'a AtomicUnit,
 }
 
 /// One page of an engine's own, for data on its way.
@@ -235,10 +238,13 @@ impl Execution {
                 address,
                 width,
                 operand,
-            } => self.store(window, address, (width, operand), width.bytes()),
+            } => {
+                let number = (width, operand);
+                self.store(window, address, number, width.bytes(), Some(around.atomic_unit))
+            }
             Command::Timestamp { address } => {
                 let now = around.clock.now();
-                self.store(window, address, (Width::W8, now), Width::W8.bytes())
+                self.store(window, address, (Width::W8, now), Width::W8.bytes(), None)
             }
             Command::Fence { value, write_back } => {
                 around.timelines.advance(around.ring, value);
@@ -246,7 +252,7 @@ impl Execution {
                     return Ok(Progress::Done);
                 };
                 let timeline = around.timelines.get(around.ring);
-                self.store(window, va, (Width::W8, timeline), Width::W8.bytes())
+                self.store(window, va, (Width::W8, timeline), Width::W8.bytes(), None)
             }
             Command::FenceWait { ring, value } => Ok(if around.timelines.get(ring) >= value {
                 Progress::Done
@@ -379,6 +385,8 @@ impl Execution {
         budget: &mut Budget<'_>,
     ) -> Result<Progress, Trouble> {
         let mut page: Option<(u64, Page<'_>)> = None;
+        // Given back by whatever leaves this function: a fault, or a look at the gate.
+        let mut turn: Option<Turn<'_>> = None;
         loop {
             if self.owed {
                 self.write_back(window, atomic)?;
@@ -402,15 +410,24 @@ impl Execution {
                         bytes: window
                             .slice(to, number, PAGE_SIZE)
                             .map_err(|_| Trouble::Bus(va))?,
+                        address: to.address_of(number),
                         vram: to.pte & PTE_VRAM != 0,
                     };
                     &page.insert((number, here)).1
                 }
             };
             let offset = (va & OFFSET_MASK) as usize;
+            turn = if here.vram || atomic.operation == Operation::Load {
+                None
+            } else {
+                let address = here.address.wrapping_add(offset as u64);
+                Some(around.atomic_unit.turn(turn, address))
+            };
+            let hurry = || budget.gate.is_wanted() || turn.as_ref().is_some_and(Turn::is_wanted);
             self.found = here
-                .operate(offset, atomic, around.round_trip, budget)
+                .operate(offset, atomic, around.round_trip, hurry)
                 .ok_or(Trouble::Bus(va))?;
+            turn = turn.filter(|turn| !turn.is_wanted());
             if !here.vram {
                 // There and back, or one way only.
                 let times = match atomic.operation {
@@ -449,7 +466,7 @@ impl Execution {
             }
             None => return Ok(()),
         };
-        self.store(window, va, (atomic.width, self.found), ahead)?;
+        self.store(window, va, (atomic.width, self.found), ahead, None)?;
         self.owed = false;
         Ok(())
     }
@@ -473,16 +490,21 @@ impl Execution {
     }
 
     /// Stores a number, behind everything that was done before. It is aligned. `ahead` bytes from there on, it
-    /// included, will be stored to one after the other.
+    /// included, will be stored to one after the other. With the atomic unit, no atomic operation of another engine on system
+    /// memory is halfway.
     fn store(
         &mut self,
         window: &mut Window<'_>,
         va: u64,
         (width, value): (Width, u64),
         ahead: u64,
+        unit: Option<&AtomicUnit>,
     ) -> Result<Progress, Trouble> {
         let to = window.translate(va, ACCESS_WRITE, ahead)?;
         let bytes = window.slice(to, va, width.bytes())?;
+        let _turn = unit
+            .filter(|_| to.pte & PTE_VRAM == 0)
+            .map(|unit| unit.turn(None, to.address_of(va)));
         match width {
             Width::W4 => bytes
                 .get_atomic_ref::<AtomicU32>(0)
@@ -574,7 +596,7 @@ impl Execution {
             let mut word = [0; 8];
             word.copy_from_slice(bytes);
             let number = (Width::W8, u64::from_le_bytes(word));
-            self.store(window, va, number, size.saturating_sub(stored))?;
+            self.store(window, va, number, size.saturating_sub(stored), None)?;
             self.loaded = self.loaded.saturating_add(1);
         }
         Ok(Progress::Done)
@@ -607,6 +629,8 @@ fn corrupt(target: &VolatileSlice<'_>) {
 /// A page that atomic operations are done on.
 struct Page<'a> {
     bytes: VolatileSlice<'a>,
+    /// Guest physical, or in VRAM.
+    address: u64,
     vram: bool,
 }
 
@@ -624,7 +648,7 @@ macro_rules! operate {
                 .ok()?,
             _ => {
                 // A load and a store, and whatever the CPUs do in between is lost: the bus has no atomics.
-                // This is what exclusive access is for.
+                // This is what exclusive access is for. (Other engines wait for their turn.)
                 let old = place.load(Ordering::Relaxed);
                 $bus;
                 place.store($apply(old), Ordering::Relaxed);
@@ -636,13 +660,13 @@ macro_rules! operate {
 
 impl Page<'_> {
     /// Does one operation at `offset` and says what it found; none if that is not in the page, or the
-    /// memory behind the page is not aligned.
+    /// memory behind the page is not aligned. On system memory it needs a turn of the atomic unit.
     fn operate(
         &self,
         offset: usize,
         atomic: &Atomic,
         round_trip: Duration,
-        budget: &Budget<'_>,
+        hurry: impl Fn() -> bool,
     ) -> Option<u64> {
         let Atomic {
             operation,
@@ -653,11 +677,11 @@ impl Page<'_> {
         Some(match atomic.width {
             Width::W4 => {
                 let apply = |old| operation.apply32(old, operand as u32, compare as u32);
-                operate!(self, offset, atomic, bus(round_trip, budget), AtomicU32, apply).into()
+                operate!(self, offset, atomic, bus(round_trip, hurry), AtomicU32, apply).into()
             }
             Width::W8 => {
                 let apply = |old| operation.apply64(old, operand, compare);
-                operate!(self, offset, atomic, bus(round_trip, budget), AtomicU64, apply)
+                operate!(self, offset, atomic, bus(round_trip, hurry), AtomicU64, apply)
             }
         })
     }
@@ -670,8 +694,8 @@ impl Page<'_> {
 /// would get away with it. This takes some tens of nanoseconds: dependent work, not a pause instruction,
 /// upon which a hypervisor may take the processor away.
 ///
-/// A slow bus takes longer, but nobody waits at the gate for that.
-fn bus(round_trip: Duration, budget: &Budget<'_>) {
+/// A slow bus takes longer, but nobody waits at the gate, or for a turn, for that: then there is a `hurry`.
+fn bus(round_trip: Duration, hurry: impl Fn() -> bool) {
     point();
     let mut number = 1_u64;
     for _ in 0..BUS_STEPS {
@@ -680,7 +704,7 @@ fn bus(round_trip: Duration, budget: &Budget<'_>) {
     std::hint::black_box(number);
     if !round_trip.is_zero() {
         let start = now();
-        while now().saturating_duration_since(start) < round_trip && !budget.gate.is_wanted() {
+        while now().saturating_duration_since(start) < round_trip && !hurry() {
             std::hint::spin_loop();
         }
     }

@@ -13,6 +13,7 @@
 //! | `gate.rs` | the invalidation promise |
 //! | `access.rs` | how commands reach memory |
 //! | `execute.rs` | commands, step by step |
+//! | `atomic_unit.rs` | atomic operations of several engines on system memory |
 //! | `engine.rs`, `lane.rs`, `share.rs` | the threads that serve the rings |
 //! | `timeline.rs`, `clock.rs`, `bus.rs` | how far rings are, the time, how slow the bus is |
 //! | `fault.rs`, `event.rs` | faults, and how the driver hears of them |
@@ -21,7 +22,7 @@
 //! | `inject.rs`, `statistics.rs`, `state.rs` | deliberate defects; what has happened, and how things are |
 //! | `sabotage.rs` | promises that models break |
 //!
-//! Lock order: making, then any other; gate, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
+//! Lock order: making, then any other; gate, then a turn of the atomic unit, then page table; gate, then the poisoned pages of VRAM; gate, then event log; fault table,
 //! then event log; counters, then event log. Nothing else is nested, and the [`Host`] is called with none of them held.
 
 #![deny(
@@ -44,6 +45,7 @@
 )]
 
 pub mod access;
+pub mod atomic_unit;
 pub mod bus;
 pub mod clock;
 pub mod command;
@@ -76,6 +78,7 @@ use std::time::Duration;
 
 use pinion_abi as abi;
 
+use atomic_unit::AtomicUnit;
 use bus::Bus;
 use clock::Clock;
 use context::Contexts;
@@ -184,6 +187,7 @@ struct Shared<H: Host> {
     reset: Vec<AtomicU64>,
     clock: Clock,
     bus: Bus,
+    atomic_unit: AtomicUnit,
     watchdog: Option<Duration>,
     statistics: Arc<Statistics>,
     injector: Arc<Injector>,
@@ -388,6 +392,7 @@ impl<H: Host> Gpu<H> {
             reset: (0..rings).map(|_| AtomicU64::new(0)).collect(),
             clock: Clock::default(),
             bus: Bus::new(settings.latency, settings.bandwidth),
+            atomic_unit: AtomicUnit::new(settings.engines),
             watchdog: settings.watchdog,
             statistics,
             injector,

@@ -60,6 +60,10 @@ pub enum Sabotage {
     ResetsUnlocked,
     /// The event log is looked at and taken from in two steps.
     TakesInSteps,
+    /// Atomic operations on system memory take no turns.
+    SkipsAtomicUnit,
+    /// A turn of the atomic unit is kept until the next one is there.
+    KeepsTurn,
 }
 
 /// Whether a promise is broken: never.

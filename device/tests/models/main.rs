@@ -10,6 +10,7 @@
 //!
 //! [`Sabotage`]: pinion_device::gpu::sabotage::Sabotage
 
+mod atomics;
 mod check;
 mod doorbells;
 mod events;

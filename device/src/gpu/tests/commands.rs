@@ -197,30 +197,96 @@ fn a_fill_that_is_interrupted() {
     }
 }
 
+/// Has two rings do the same `command` at `va`, at the same time.
+fn both_increment(rig: &mut Rig, va: u64, command: impl Fn(u64) -> abi::Command) {
+    let sequences = [0, 1].map(|ring| rig.submit(ring, 0, &[command(va)]));
+    for sequence in sequences {
+        assert_eq!(rig.finish(sequence).status, OK);
+    }
+}
+
 #[test]
-fn vram_has_atomics_and_system_memory_has_none() {
+fn rings_do_not_lose_each_others_updates() {
+    const ROUNDS: u64 = 8;
+    const COUNT: u32 = 200_000;
     let mut rig = Rig::new(2);
     rig.create(0);
     rig.map(0, VA, &[ALL | abi::PTE_VRAM, ALL]);
-    let mut total = 0_u64;
+    for round in 1..=ROUNDS {
+        for va in [VA, VA + PAGE_SIZE] {
+            both_increment(&mut rig, va, |va| increments(va, COUNT));
+        }
+        let expected = round * 2 * u64::from(COUNT);
+        assert_eq!(rig.vram_load(0), expected);
+        assert_eq!(rig.load(0), expected, "an update of system memory was lost");
+    }
+    // Over several lines, of either width, each with what it finds written back elsewhere.
+    let spread = |va| abi::Command {
+        width: 4,
+        stride: 36,
+        span: 64,
+        flags: abi::COMMAND_WRITE_BACK,
+        source: va + 3072,
+        ..increments(va, 64 * 2000)
+    };
+    rig.write(0, &[0; 4096]);
+    both_increment(&mut rig, VA + PAGE_SIZE, spread);
+    for place in 0..64 {
+        let bytes = rig.bytes(36 * place, 4);
+        assert_eq!(bytes, 4000_u32.to_le_bytes(), "place {place}");
+    }
+}
+
+#[test]
+fn what_a_processor_stores_meanwhile_is_lost() {
+    const COUNT: u32 = 400_000;
+    let mut rig = Rig::new(2);
+    rig.create(0);
+    rig.map(0, VA, &[ALL]);
+    let memory = rig.memory.clone();
+    let (mut gpu, mut cpu) = (0, 0);
     let start = Instant::now();
-    loop {
-        for place in [VA, VA + PAGE_SIZE] {
-            rig.submit(0, 0, &[increments(place, 400_000)]);
-            rig.submit(1, 0, &[increments(place, 400_000)]);
-            assert_eq!(rig.completion().status, OK);
-            assert_eq!(rig.completion().status, OK);
-        }
-        total += 800_000;
-        let vram = rig.gpu.vram().slice(0, 8).unwrap().read_obj::<u64>(0).unwrap();
-        assert_eq!(vram, total);
-        if rig.load(0) < total {
-            break;
-        }
+    while rig.load(0) == gpu + cpu {
         assert!(
             start.elapsed() < PATIENCE,
-            "no update was lost in {total} unprotected ones"
+            "no update was lost in {gpu} unprotected ones"
         );
+        let before = rig.load(0);
+        let sequence = rig.submit(0, 0, &[increments(VA, COUNT)]);
+        let slice = memory.slice(0, 8).unwrap();
+        let place = slice.get_atomic_ref::<AtomicU64>(0).unwrap();
+        // Until it is over, so that the two are there at the same time.
+        while !rig.has_completion() {
+            place.fetch_add(1, Ordering::SeqCst);
+            cpu += 1;
+        }
+        assert_eq!(rig.finish(sequence).status, OK);
+        gpu += u64::from(COUNT);
+        assert!(rig.load(0) >= before);
+    }
+}
+
+/// An INVALIDATE waits for operations of other engines, but not until the bus is done with them.
+#[test]
+fn invalidate_does_not_wait_for_turns_on_a_slow_bus() {
+    const LATENCY: Duration = Duration::from_secs(2);
+    const RINGS: u16 = 4;
+    let slow = Settings {
+        latency: LATENCY,
+        ..settings(RINGS, RINGS)
+    };
+    let mut rig = Rig::build(slow, &[]);
+    rig.create(0);
+    rig.map(0, VA, &[ALL]);
+    for ring in 0..RINGS {
+        rig.submit(ring, 0, &[increments(VA, u32::MAX)]);
+    }
+    until("all rings to come forward", || rig.load(0) > u64::from(RINGS));
+    for round in 0..20 {
+        let start = Instant::now();
+        rig.invalidate(0, VA, PAGE_SIZE, 0);
+        let took = start.elapsed();
+        assert!(took < LATENCY, "round {round}: INVALIDATE took {took:?}");
     }
 }
 

@@ -16,8 +16,8 @@ use crate::Mode;
 /// What every byte of a page that is not in a counter holds.
 const FILLER: u8 = 0xa5;
 
-/// Pins that have to be taken back by the CPU before a protected row has shown anything.
-const ENOUGH_UNPINS: u64 = 10;
+/// Pages that have to be taken back by the CPU before a protected row has shown anything.
+const ENOUGH_RETURNS: u64 = 10;
 
 /// How much longer than asked for a row may take until both sides have got on.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -26,13 +26,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Settings<'a> {
     pub(crate) device: &'a Path,
+    /// The first ring, and how many.
     pub(crate) ring: u32,
+    pub(crate) rings: u32,
     pub(crate) threads: usize,
     pub(crate) pages: usize,
     pub(crate) counters: usize,
     pub(crate) repeat: u32,
     pub(crate) in_flight: usize,
     pub(crate) duration: Duration,
+    /// What part of all increments each side has to make at least, in percent.
+    pub(crate) least_share: u8,
 }
 
 /// What came of it.
@@ -52,6 +56,8 @@ pub(crate) struct Row {
     /// The first bytes beside the counters that have changed.
     pub(crate) damaged: Option<usize>,
     pub(crate) statistics: Statistics,
+    /// What part of all increments each side has to make at least, in percent.
+    least_share: u8,
     pub(crate) cpu_rate: f64,
     pub(crate) gpu_rate: f64,
 }
@@ -59,6 +65,11 @@ pub(crate) struct Row {
 impl Row {
     pub(crate) fn expected(&self) -> u64 {
         self.cpu + self.gpu
+    }
+
+    /// The share of the GPU in all increments while both sides were at work, in percent.
+    pub(crate) fn gpu_share(&self) -> f64 {
+        100.0 * self.gpu_rate / (self.cpu_rate + self.gpu_rate).max(1.0)
     }
 
     /// What is wrong with it.
@@ -79,10 +90,17 @@ impl Row {
                     self.expected()
                 ));
             }
-            if self.statistics.unpins < ENOUGH_UNPINS {
+            let (acquired, returned) = self.mode.handed_over(&self.statistics);
+            if returned < ENOUGH_RETURNS {
                 complain(format!(
-                    "the CPU took a page back only {} times (of {} pins), so this shows nothing",
-                    self.statistics.unpins, self.statistics.pins
+                    "the CPU took a page back only {returned} times (the GPU had got {acquired}), so this shows nothing"
+                ));
+            }
+            let share = self.gpu_share();
+            let least = f64::from(self.least_share);
+            if share < least || share > 100.0 - least {
+                complain(format!(
+                    "the GPU made {share:.1} % of all increments; both sides have to make {least} % at least"
                 ));
             }
         } else if self.lost == 0 {
@@ -130,7 +148,9 @@ fn round(settings: &Settings<'_>, mode: Mode) -> Result<Row, Failure> {
     gpu.advise_atomics(memory.as_ptr(), memory.len(), mode.advice())?;
 
     let crew = Crew::new(settings.threads);
-    let mut feeder = Feeder::new(&gpu, settings, &memory)?;
+    let mut feeders = (0..settings.rings)
+        .map(|ring| Feeder::new(&gpu, settings.ring + ring, settings, &memory))
+        .collect::<Result<Vec<_>, _>>()?;
     let started = Instant::now();
     let (tallies, worked, rates) = thread::scope(|scope| {
         let workers: Vec<_> = (0..settings.threads)
@@ -139,23 +159,34 @@ fn round(settings: &Settings<'_>, mode: Mode) -> Result<Row, Failure> {
                 scope.spawn(move || crew.work(index, memory, counters))
             })
             .collect();
-        let worked = feed(&mut feeder, settings, mode, &crew);
+        // A thread for each ring, none of which waits for another.
+        let worked: Vec<_> = thread::scope(|rings| {
+            let rings: Vec<_> = feeders
+                .iter_mut()
+                .map(|feeder| rings.spawn(|| feed(feeder, settings, mode, &crew)))
+                .collect();
+            rings.into_iter().map(|ring| ring.join()).collect()
+        });
         let elapsed = started.elapsed().as_secs_f64();
         let rates = (
             crew.least_progress().min(1) as f64 * crew.total() as f64 / elapsed,
-            feeder.increments() as f64 / elapsed,
+            feeders.iter().map(Feeder::increments).sum::<u64>() as f64 / elapsed,
         );
         crew.stop.store(true, Ordering::Relaxed);
         let tallies: Vec<_> = workers.into_iter().map(|worker| worker.join()).collect();
         (tallies, worked, rates)
     });
-    worked?;
-    feeder.drain()?;
+    for ring in worked {
+        ring.map_err(|_| "the thread of a ring panicked")??;
+    }
+    for feeder in &mut feeders {
+        feeder.drain()?;
+    }
 
     let mut row = Row {
         mode,
         cpu: 0,
-        gpu: feeder.increments(),
+        gpu: feeders.iter().map(Feeder::increments).sum(),
         found: 0,
         lost: 0,
         surplus: 0,
@@ -163,6 +194,7 @@ fn round(settings: &Settings<'_>, mode: Mode) -> Result<Row, Failure> {
         statistics: Statistics::default(),
         cpu_rate: rates.0,
         gpu_rate: rates.1,
+        least_share: settings.least_share,
     };
     let tallies: Vec<Vec<u64>> = tallies
         .into_iter()
@@ -170,7 +202,10 @@ fn round(settings: &Settings<'_>, mode: Mode) -> Result<Row, Failure> {
         .map_err(|_| "a CPU thread panicked")?;
     for (index, &counter) in counters.iter().enumerate() {
         let cpu: u64 = tallies.iter().map(|tally| tally[index]).sum();
-        let expected = cpu + feeder.share(index % settings.counters);
+        let gpu = feeders
+            .iter()
+            .map(|feeder| feeder.share(index % settings.counters));
+        let expected = cpu + gpu.sum::<u64>();
         let found = memory.atomic(counter).load(Ordering::Relaxed);
         row.cpu += cpu;
         row.found = row.found.wrapping_add(found);
@@ -189,7 +224,7 @@ fn round(settings: &Settings<'_>, mode: Mode) -> Result<Row, Failure> {
     Ok(row)
 }
 
-/// Keeps the GPU busy for the time asked for, and until both sides have got on.
+/// Keeps a ring busy for the time asked for, and until both sides have got on.
 fn feed(feeder: &mut Feeder<'_>, settings: &Settings<'_>, mode: Mode, crew: &Crew) -> Result<(), Failure> {
     let end = Instant::now() + settings.duration;
     let limit = end + PATIENCE;
@@ -199,12 +234,9 @@ fn feed(feeder: &mut Feeder<'_>, settings: &Settings<'_>, mode: Mode, crew: &Cre
         if now < end {
             continue;
         }
-        let unpins = if mode.protects() {
-            feeder.gpu.statistics()?.unpins
-        } else {
-            ENOUGH_UNPINS
-        };
-        let enough = feeder.completed > 0 && crew.least_progress() > 0 && unpins >= ENOUGH_UNPINS;
+        let (_, returned) = mode.handed_over(&feeder.gpu.statistics()?);
+        let shown = !mode.protects() || returned >= ENOUGH_RETURNS;
+        let enough = feeder.completed > 0 && crew.least_progress() > 0 && shown;
         if enough || now >= limit {
             return Ok(());
         }
@@ -264,7 +296,7 @@ impl Crew {
     }
 }
 
-/// The GPU's side.
+/// The GPU's side: a ring.
 struct Feeder<'a> {
     gpu: &'a Gpu,
     ring: u32,
@@ -278,7 +310,7 @@ struct Feeder<'a> {
 }
 
 impl<'a> Feeder<'a> {
-    fn new(gpu: &'a Gpu, settings: &Settings<'_>, memory: &Mapping) -> Result<Self, Failure> {
+    fn new(gpu: &'a Gpu, ring: u32, settings: &Settings<'_>, memory: &Mapping) -> Result<Self, Failure> {
         let info = gpu.info()?;
         if settings.pages > info.max_batch as usize {
             return Err(format!("--pages: a batch holds no more than {} commands", info.max_batch).into());
@@ -290,7 +322,7 @@ impl<'a> Feeder<'a> {
             .collect();
         Ok(Self {
             gpu,
-            ring: settings.ring,
+            ring,
             batch,
             in_flight: VecDeque::new(),
             depth: settings.in_flight,

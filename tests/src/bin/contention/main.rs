@@ -3,7 +3,7 @@
 //! CPU threads and the GPU increment the same counters, in ordinary memory of this process. Nothing may get lost.
 //!
 //! A CPU thread increments with an atomic instruction. The GPU's increment is a load and then a store, since
-//! its bus has no atomics. So increments get lost unless the GPU has a page for itself while it works on it. That
+//! its bus has no atomics. (Its rings do not lose each other's.) So increments get lost unless the GPU has a page for itself while it works on it. That
 //! is done in several ways, a row of the table for each, and in one row not at all, to show that this
 //! program would notice.
 
@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use pinion_client::Atomics;
+use pinion_client::{Atomics, Statistics};
 use pinion_tests::Failure;
 
 use crate::residence::Residence;
@@ -44,11 +44,17 @@ struct Options {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..))]
     in_flight: u8,
     /// Milliseconds of work for each row
-    #[arg(long, value_name = "MS", default_value_t = 1000)]
+    #[arg(long, value_name = "MS", default_value_t = 750)]
     duration: u64,
-    /// The command ring to use
+    /// The first command ring to use
     #[arg(long, default_value_t = 0)]
     ring: u32,
+    /// Command rings to use
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    rings: u32,
+    /// Fail if one side makes less than this part of all increments of a protected row, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=50))]
+    least_share: u8,
     /// The GPU
     #[arg(long, default_value = pinion_tests::DEVICE)]
     device: PathBuf,
@@ -64,6 +70,17 @@ enum Mode {
     Unprotected,
     /// The page is pinned in place for the GPU
     Pin,
+    /// The page stays the process's, which cannot access it (`make_device_exclusive`)
+    Exclusive,
+    /// The page moves to VRAM
+    Migrate,
+    /// As the driver chooses
+    Auto,
+}
+
+impl Mode {
+    /// The rows, if nothing else is asked for. What `auto` chooses is one of them.
+    const TABLE: [Self; 4] = [Self::Unprotected, Self::Pin, Self::Exclusive, Self::Migrate];
 }
 
 impl Mode {
@@ -71,6 +88,9 @@ impl Mode {
         match self {
             Self::Unprotected => "unprotected",
             Self::Pin => "pin",
+            Self::Exclusive => "exclusive",
+            Self::Migrate => "migrate",
+            Self::Auto => "auto",
         }
     }
 
@@ -78,6 +98,24 @@ impl Mode {
         match self {
             Self::Unprotected => Atomics::Unprotected,
             Self::Pin => Atomics::Pin,
+            Self::Exclusive => Atomics::Exclusive,
+            Self::Migrate => Atomics::Migrate,
+            Self::Auto => Atomics::Auto,
+        }
+    }
+
+    /// How many pages the GPU has got to itself, and how many of them were taken back by the CPU.
+    fn handed_over(self, statistics: &Statistics) -> (u64, u64) {
+        match self {
+            Self::Unprotected => (0, 0),
+            Self::Pin => (statistics.pins, statistics.unpins),
+            // The kernel takes such a page back by itself, and tells the driver only to forget it.
+            Self::Exclusive => (statistics.exclusives, statistics.invalidations),
+            Self::Migrate => (statistics.to_vram, statistics.from_vram),
+            Self::Auto => (
+                statistics.pins + statistics.to_vram,
+                statistics.unpins + statistics.from_vram,
+            ),
         }
     }
 
@@ -89,13 +127,15 @@ impl Mode {
 
 fn run(options: &Options) -> Result<Vec<String>, Failure> {
     let modes = if options.modes.is_empty() {
-        Mode::value_variants()
+        &Mode::TABLE[..]
     } else {
         &options.modes
     };
     let settings = job::Settings {
         device: &options.device,
         ring: options.ring,
+        rings: options.rings,
+        least_share: options.least_share,
         threads: options.threads.into(),
         pages: options.pages.into(),
         counters: options.counters.into(),

@@ -15,8 +15,8 @@ const HEADINGS: [&str; 11] = [
     "found",
     "lost",
     "GPU faults",
-    "pins",
-    "unpins",
+    "handed over",
+    "taken back",
     "CPU inc/s",
     "GPU inc/s",
 ];
@@ -36,16 +36,16 @@ impl Table {
     }
 
     pub(crate) fn print(&mut self, row: &Row) {
-        let statistics = &row.statistics;
+        let (acquired, returned) = row.mode.handed_over(&row.statistics);
         let numbers = [
             row.cpu,
             row.gpu,
             row.expected(),
             row.found,
             row.lost,
-            statistics.faults,
-            statistics.pins,
-            statistics.unpins,
+            row.statistics.faults,
+            acquired,
+            returned,
             row.cpu_rate as u64,
             row.gpu_rate as u64,
         ];
@@ -57,8 +57,8 @@ impl Table {
                 "found",
                 "lost",
                 "gpu_faults",
-                "pins",
-                "unpins",
+                "handed_over",
+                "taken_back",
                 "cpu_rate",
                 "gpu_rate",
             ];
@@ -67,7 +67,12 @@ impl Table {
                 .zip(numbers)
                 .map(|(name, number)| format!("\"{name}\":{number}"))
                 .collect();
-            println!("{{\"mode\":\"{}\",{}}}", row.mode.name(), fields.join(","));
+            println!(
+                "{{\"mode\":\"{}\",{},\"gpu_share\":{:.1}}}",
+                row.mode.name(),
+                fields.join(","),
+                row.gpu_share()
+            );
         } else {
             let mut cells = vec![row.mode.name().to_owned()];
             cells.extend(numbers.map(grouped));

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pinion_client::{Command, Gpu, PageState, Status};
-use pinion_tests::{Failure, Mapping, patiently};
+use pinion_tests::{Failure, Mapping, patiently, repeatedly};
 
 use crate::support::{
     PASSED, TestResult, add, ensure, ensure_eq, execute, execute_ok, expect_failure, fork, join, open,
@@ -296,7 +296,7 @@ fn remapping_is_followed() -> TestResult {
     let gpu = open()?;
     let result = page_with(0)?;
     let address = Mapping::anonymous(1)?.as_ptr().addr();
-    for round in 1..200_u64 {
+    for round in 1..repeatedly(200) as u64 {
         let memory = Mapping::new(
             Some(address),
             1,

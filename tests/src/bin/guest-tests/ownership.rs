@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use pinion_client::{Atomics, Command, PageState, PinMethod, Status};
 use pinion_tests::pagemap::{self, Entry};
-use pinion_tests::{Failure, Mapping};
+use pinion_tests::{Failure, Mapping, repeatedly};
 
 use crate::support::{
     Outcome, PASSED, TestResult, add, ensure, ensure_eq, execute, execute_ok, fork, join, open, page_with,
@@ -158,7 +158,7 @@ fn pinned_then_copied_by_the_gpu() -> TestResult {
 
 fn pinned_then_unmapped() -> TestResult {
     let gpu = open()?;
-    for _ in 0..300 {
+    for _ in 0..repeatedly(300) {
         let memory = page_with(5)?;
         execute_ok(&gpu, &[add(&memory, 1)])?;
     }
@@ -482,7 +482,7 @@ fn memory_accounting_is_the_same_after_a_round_trip() -> TestResult {
     };
     round()?;
     let (own, all) = (resident()?, crate::support::meminfo("AnonPages")?);
-    for _ in 0..10 {
+    for _ in 0..repeatedly(10) {
         round()?;
     }
     let (own_after, all_after) = (resident()?, crate::support::meminfo("AnonPages")?);
