@@ -941,8 +941,23 @@ impl virtio::Driver for Gpu {
         let contexts = Contexts::new(config.max_contexts as usize)?;
         let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
         let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
-        let residency = Residency::new(contexts.clone());
-        let memory = DeviceMemory::new(c"pinion", vram, aperture(device, &config), PIN_PAGES, residency)?;
+        let memory = |aperture| {
+            let residency = Residency::new(contexts.clone());
+            DeviceMemory::new(c"pinion", vram, aperture, PIN_PAGES, residency)
+        };
+        let memory = match aperture(device, &config) {
+            Some(range) => memory(Some(range.clone())).or_else(|error| {
+                // That the CPU sees it is an advantage, and no more.
+                dev_err!(
+                    device.generic(),
+                    "the aperture at {:#x?} cannot be used: {:?}\n",
+                    range,
+                    error
+                );
+                memory(None)
+            })?,
+            None => memory(None)?,
+        };
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
         let mut copy = None;
