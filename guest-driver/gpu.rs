@@ -57,6 +57,8 @@ pub(crate) const MAX_REPLAYS: usize = abi::MAX_RINGS as usize;
 const MAX_BATCH: u32 = 1024;
 /// Milliseconds after which the device is asked whether it lives, while it has work.
 const HEARTBEAT: Msecs = 1000;
+/// Milliseconds for which the reset of a lost device is put off, so that CPUs lose what they have in its aperture first.
+const ABANDON_PATIENCE: Msecs = 1000;
 /// Pages that can be pinned at a time.
 const PIN_PAGES: usize = 32768;
 
@@ -244,12 +246,18 @@ pub(crate) struct Gpu {
     looking: Atomic<bool>,
     #[pin]
     look_work: Work<Gpu, 2>,
+    #[pin]
+    abandon_work: Work<Gpu, 3>,
+    /// `abandon_work` has run.
+    #[pin]
+    abandoned: Completion,
 }
 
 impl_has_work! {
     impl HasWork<Self, 0> for Gpu { self.event_work }
     impl HasWork<Self, 1> for Gpu { self.loss_work }
     impl HasWork<Self, 2> for Gpu { self.look_work }
+    impl HasWork<Self, 3> for Gpu { self.abandon_work }
 }
 
 /// Events have come.
@@ -270,8 +278,32 @@ impl WorkItem<1> for Gpu {
     type Pointer = Arc<Gpu>;
 
     fn run(this: Arc<Gpu>) {
+        // The aperture goes with the reset, and what CPUs read there afterwards is anything. Better to take it away from
+        // them before; but others wait for the reset with locks held that this may take.
+        let any = this.memory.usage(Kind::Coherent).used > 0;
+        let queue = ModuleQueue::Submissions.get().filter(|_| any);
+        let begun = queue.is_some_and(|queue| queue.enqueue::<_, 3>(this.clone()).is_ok());
+        if begun && this.abandoned.wait(ABANDON_PATIENCE).is_err() {
+            dev_dbg!(
+                this.device,
+                "not all of the aperture is taken away before the reset\n"
+            );
+        }
         this.stop();
+        while begun && this.abandoned.wait(timeout()).is_err() {
+            dev_err!(this.device, "still waiting for lost pages to be taken away\n");
+        }
         Residency::abandon(&this);
+    }
+}
+
+/// The device is lost, and not reset yet: there is time to take away what CPUs have in its aperture.
+impl WorkItem<3> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        Residency::begin_to_abandon(&this);
+        this.abandoned.complete_all();
     }
 }
 
@@ -909,8 +941,23 @@ impl virtio::Driver for Gpu {
         let contexts = Contexts::new(config.max_contexts as usize)?;
         let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
         let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
-        let residency = Residency::new(contexts.clone());
-        let memory = DeviceMemory::new(c"pinion", vram, aperture(device, &config), PIN_PAGES, residency)?;
+        let memory = |aperture| {
+            let residency = Residency::new(contexts.clone());
+            DeviceMemory::new(c"pinion", vram, aperture, PIN_PAGES, residency)
+        };
+        let memory = match aperture(device, &config) {
+            Some(range) => memory(Some(range.clone())).or_else(|error| {
+                // That the CPU sees it is an advantage, and no more.
+                dev_err!(
+                    device.generic(),
+                    "the aperture at {:#x?} cannot be used: {:?}\n",
+                    range,
+                    error
+                );
+                memory(None)
+            })?,
+            None => memory(None)?,
+        };
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
         let mut copy = None;
@@ -955,6 +1002,8 @@ impl virtio::Driver for Gpu {
                 loss_work <- new_work!("Gpu::loss_work"),
                 looking: Atomic::new(false),
                 look_work <- new_work!("Gpu::look_work"),
+                abandon_work <- new_work!("Gpu::abandon_work"),
+                abandoned <- Completion::new(),
             }? Error),
             GFP_KERNEL,
         )
@@ -1018,8 +1067,9 @@ impl virtio::Driver for Gpu {
         drop(debug);
         // As long as the device can still copy.
         Residency::evacuate(&this);
+        // If it was lost: what happens then has been done after this, or is done after the next.
+        ModuleQueue::Loss.flush();
         this.stop();
-        // If it was lost: what happens then has been done.
         ModuleQueue::Loss.flush();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.

@@ -542,6 +542,10 @@ impl Residency {
                 let Some(owner) = memory.owner(kind).filter(|_| which.includes(kind)) else {
                     continue;
                 };
+                // Nothing is looked for in vain: for coherent pages that would take away what the GPU mirrors there.
+                if kind == Kind::Coherent && memory.usage(kind).used == 0 {
+                    continue;
+                }
                 match migrate::setup_home(&mmap, start..end, kind, owner) {
                     Ok(unmapped) if which == Which::Abandoned => count += Self::lose(memory, unmapped),
                     Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
@@ -619,7 +623,7 @@ impl Residency {
             let Some(block) = memory.coldest(kind) else {
                 return false;
             };
-            Self::evict(gpu, block, Which::Vram);
+            Self::evict(gpu, block, Which::Only(kind));
         }
         memory.has_room(kind, pages)
     }
@@ -667,7 +671,7 @@ impl Residency {
         let memory = gpu.memory();
         for _ in 0..rounds {
             for block in memory.blocks_in_use() {
-                Self::evict(gpu, block, Which::Vram);
+                Self::evict(gpu, block, Which::Only(memory.kind_of(block)));
                 if memory.used_in(block) == 0 || gpu.is_lost() {
                     continue;
                 }
@@ -715,6 +719,18 @@ impl Residency {
         journey.put_back();
         moved.finish();
         count
+    }
+
+    /// The device is lost, and has perhaps not been reset: does of [`Self::abandon`] what takes nothing of the device, and is
+    /// not the last word.
+    pub(crate) fn begin_to_abandon(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for block in memory.blocks_in_use() {
+            if memory.kind_of(block) == Kind::Coherent {
+                Self::evict(gpu, block, Which::Abandoned);
+            }
+        }
     }
 
     /// The device is lost and has been reset, so that there is no telling what the CPU sees in the aperture: takes away what

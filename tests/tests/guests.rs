@@ -236,7 +236,7 @@ fn guest_tests_with_aperture(guest: Guest) {
         ],
         ..guest
     };
-    run_guest_tests(guest, &["aperture"]);
+    run_guest_tests(guest, &["aperture_"]);
 }
 
 /// Those that are about two GPUs.
@@ -245,7 +245,25 @@ fn guest_tests_with_two_gpus(guest: Guest) {
         options: &["--memory", "2G", "--devices", "2"],
         ..guest
     };
-    run_guest_tests(guest, &["two_gpus"]);
+    run_guest_tests(guest, &["two_gpus_"]);
+}
+
+/// Those that are about two GPUs with VRAM which the CPU sees.
+fn guest_tests_with_two_apertures(guest: Guest) {
+    let guest = Guest {
+        options: &[
+            "--memory",
+            "2G",
+            "--devices",
+            "2",
+            "--device-option",
+            "--vram=32M",
+            "--device-option",
+            "--aperture=8M",
+        ],
+        ..guest
+    };
+    run_guest_tests(guest, &["apertures_of_two"]);
 }
 
 /// The demonstration as a person runs it.
@@ -523,7 +541,8 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus examples demonstration contention_ten_times
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus
+guest_tests_with_two_apertures examples demonstration contention_ten_times
 measurements device_loss device_loss_in_vram device_loss_during_eviction }
 
 /// Whether it finds what is to be found, not how fast.
