@@ -689,7 +689,7 @@ impl AddressSpace {
         if coherent && writable {
             page.pfn().mark_dirty();
         }
-        Some(place_entry(place) | rights_of(writable) | abi::PTE_VALID)
+        Some(place_entry(place)? | rights_of(writable) | abi::PTE_VALID)
     }
 
     /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
@@ -869,7 +869,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM.
+    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM. ENODEV: the device is lost.
     pub(crate) fn prefetch(&self, range: Range<usize>, location: Location) -> Result {
         let kind = self.kind_for(location);
         if kind.is_none() && location != Location::System {
@@ -880,6 +880,9 @@ impl AddressSpace {
         while start < range.end {
             if kernel::current!().signal_pending() {
                 return Err(EINTR);
+            }
+            if self.gpu.is_lost() {
+                return Err(ENODEV);
             }
             let end = ((start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE).min(range.end);
             let piece = start..end;
@@ -902,8 +905,98 @@ impl AddressSpace {
                         _ => break,
                     }
                 }
-            } else if self.home(piece, Which::All, true) == Err(Trouble::NoMemory) {
-                return Err(ENOMEM);
+            } else {
+                if self.home(piece.clone(), Which::All, true) == Err(Trouble::NoMemory) {
+                    return Err(ENOMEM);
+                }
+                if let Ok(window) = self.window(&mm, piece.start) {
+                    // If something comes in between then the GPU asks for it.
+                    let _ = self.mirror(&mm, &window, piece);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what is in `range`, which is a part of one window, of the system's memory for the GPU, so that it need not ask for it.
+    /// What cannot be had without waiting is left out.
+    fn mirror(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
+        let mut sequence = window.begin();
+        let pages = read_range(
+            &mut sequence,
+            mm,
+            range.clone(),
+            Wanted::Nothing,
+            Some(self.private()),
+        )?;
+        let mut entries = KVec::from_elem(0, pages.len(), GFP_KERNEL)?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        let mut count = 0;
+        for (index, entry) in entries.iter_mut().enumerate() {
+            let Found::System { pfn, writable } = pages.get(index) else {
+                continue;
+            };
+            let rights = u64::from(guard.rights(range.start + index * PAGE_SIZE));
+            *entry = pfn.address() | rights | abi::PTE_READ | abi::PTE_VALID;
+            // What belongs to a file is not to be written back for nothing.
+            if writable && migrate::is_anonymous(pfn) {
+                pfn.mark_dirty();
+                *entry |= abi::PTE_WRITE;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        self.statistics.mirrors.add(count, Relaxed);
+        guard.map(range.start, &entries, &[])
+    }
+
+    /// Takes note that nobody needs what is in `range`: what is in VRAM, out of the CPU's sight, need not be copied when it
+    /// leaves, unless the GPU gets to it before.
+    ///
+    /// Only where the process may write: what it shares with a child is not its own to drop.
+    pub(crate) fn discard(&self, range: Range<usize>) -> Result {
+        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
+        let memory = self.gpu.memory();
+        let mut base = range.start & !(WINDOW_SIZE - 1);
+        while let Some((next, window)) = self.find_from(base, range.end) {
+            base = next + WINDOW_SIZE;
+            if kernel::current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let piece = next.max(range.start)..base.min(range.end);
+            for _ in 0..PREFETCH_ATTEMPTS {
+                let mut sequence = window.begin();
+                let owner = Some(self.private());
+                let pages = match read_range(&mut sequence, &mm, piece.clone(), Wanted::Nothing, owner) {
+                    Ok(pages) => pages,
+                    Err(error) if error == EAGAIN => continue,
+                    // Nothing that could be read is there.
+                    Err(_) => break,
+                };
+                let in_vram = |index: usize| match pages.get(index) {
+                    Found::Device { page, writable: true } => memory.kind(page).map(|_| page),
+                    _ => None,
+                };
+                if (0..pages.len()).all(|index| in_vram(index).is_none()) {
+                    break;
+                }
+                let Ok(mut guard) = sequence.commit() else {
+                    continue;
+                };
+                // It has to ask before it writes there again.
+                guard.take_back(piece.clone());
+                for index in 0..pages.len() {
+                    let mine = Mapped {
+                        context: self.context,
+                        va: piece.start + index * PAGE_SIZE,
+                    };
+                    if let Some(page) = in_vram(index) {
+                        memory.discard(page, |mapped| *mapped == mine);
+                    }
+                }
+                break;
             }
         }
         Ok(())
@@ -957,7 +1050,7 @@ impl AddressSpace {
             let (state, pfn) = match found {
                 Found::Device { page, .. } => match memory.get(page) {
                     Some((memory::Place::Pinned(pfn), _)) => (uapi::PAGE_PINNED, Some(pfn)),
-                    Some((memory::Place::Device(_), _)) => (uapi::PAGE_VRAM, None),
+                    Some((memory::Place::Device(_) | memory::Place::Lost, _)) => (uapi::PAGE_VRAM, None),
                     None => (uapi::PAGE_CPU, None),
                 },
                 Found::Coherent { page, .. } if memory.kind(page).is_some() => (uapi::PAGE_COHERENT, None),
@@ -1016,11 +1109,12 @@ fn rights_of(writable: bool) -> u64 {
     }
 }
 
-/// Where a page table entry has to lead.
-fn place_entry(place: memory::Place) -> u64 {
+/// Where a page table entry has to lead, if there is something.
+fn place_entry(place: memory::Place) -> Option<u64> {
     match place {
-        memory::Place::Device(offset) => offset | abi::PTE_VRAM,
-        memory::Place::Pinned(pfn) => pfn.address(),
+        memory::Place::Device(offset) => Some(offset | abi::PTE_VRAM),
+        memory::Place::Pinned(pfn) => Some(pfn.address()),
+        memory::Place::Lost => None,
     }
 }
 

@@ -445,11 +445,13 @@ impl FileHandle {
     }
 
     fn discard(&self, arg: usize) -> Result {
-        let _space = self.owned()?;
+        let space = self.owned()?;
         let request: uapi::Discard = uapi::read(arg)?;
-        let _range = page_range(request.address, request.length)?;
-        // Nothing has to be kept, and nothing needs to be forgotten.
-        Ok(())
+        match space.discard(page_range(request.address, request.length)?) {
+            // As for a prefetch.
+            Err(error) if error == EINTR => Err(ERESTARTSYS),
+            other => other,
+        }
     }
 
     fn query(&self, arg: usize) -> Result {

@@ -24,7 +24,7 @@ use crate::{
     copy::{self, CopyEngine, Transfers},
     debugfs, dmirror,
     file::FileHandle,
-    hmm::memory::DeviceMemory,
+    hmm::memory::{DeviceMemory, Kind},
     residency::Residency,
     ring::Ring,
     sync::{Completion, ModuleQueue},
@@ -271,6 +271,7 @@ impl WorkItem<1> for Gpu {
 
     fn run(this: Arc<Gpu>) {
         this.stop();
+        Residency::abandon(&this);
     }
 }
 
@@ -477,6 +478,23 @@ impl Gpu {
             self.wait_stopped();
         }
         result
+    }
+
+    /// Whether the CPU sees VRAM in the aperture. The device has answered a request, so the hypervisor has mapped it, or
+    /// never will.
+    fn sees_aperture(self: &Arc<Self>) -> Result<bool> {
+        let page = self.memory.allocate_device(Kind::Coherent, 0)?;
+        let offset = self.memory.offset(page.name()).ok_or(EINVAL)?;
+        // Two, for one may be there by chance.
+        for pattern in [0x5049_4e49_4f4e_0001, !0x5049_4e49_4f4e_0001] {
+            let mut transfers = Transfers::with_capacity(1)?;
+            transfers.fill(copy::Location::vram(offset), abi::PAGE_SIZE, pattern)?;
+            self.transfer(&transfers)?;
+            if page.peek() != Some(pattern) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Puts a batch of the driver's own into `ring`.
@@ -953,6 +971,13 @@ impl virtio::Driver for Gpu {
             let request = header(abi::REQUEST_CONTEXT_CREATE, copy.context());
             this.request(&request, "no answer to CONTEXT_CREATE")?;
         }
+        if this.memory.usage(Kind::Coherent).total > 0 && !this.sees_aperture()? {
+            dev_err!(
+                this.device,
+                "VRAM is not where the aperture should be; doing without that part\n"
+            );
+            this.memory.withdraw_coherent();
+        }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
         *this.debug.lock() = Some(this.debug_directory(&name)?);
         let node = KBox::pin_init(Node::with_poll(name, 0o666, this.clone()), GFP_KERNEL)?;
@@ -994,6 +1019,8 @@ impl virtio::Driver for Gpu {
         // As long as the device can still copy.
         Residency::evacuate(&this);
         this.stop();
+        // If it was lost: what happens then has been done.
+        ModuleQueue::Loss.flush();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.
         ModuleQueue::Faults.flush();

@@ -236,6 +236,11 @@ bool pinion_page_is_device_coherent(struct page *page)
 	return is_device_coherent_page(page);
 }
 
+u64 pinion_page_peek(struct page *page)
+{
+	return READ_ONCE(*(u64 *)page_address(page));
+}
+
 struct page *pinion_folio_page(struct folio *folio)
 {
 	return &folio->page;

@@ -59,6 +59,7 @@ void pinion_page_mark_dirty(struct page *page);
 void pinion_page_clear_mapping(struct page *page);
 struct dev_pagemap *pinion_device_pagemap(struct page *page);
 bool pinion_page_is_device_coherent(struct page *page);
+u64 pinion_page_peek(struct page *page);
 struct page *pinion_folio_page(struct folio *folio);
 unsigned int pinion_page_order(struct page *page);
 unsigned long pinion_totalram_pages(void);

@@ -9,7 +9,9 @@ mod access;
 mod aperture;
 mod commands;
 mod interface;
+mod kinds;
 mod lifetime;
+mod meanwhile;
 mod observing;
 mod ownership;
 mod several;
@@ -42,6 +44,8 @@ fn all() -> Vec<Test> {
         access::TESTS,
         ownership::TESTS,
         vram::TESTS,
+        kinds::TESTS,
+        meanwhile::TESTS,
         lifetime::TESTS,
         observing::TESTS,
     ]
