@@ -16,6 +16,8 @@ use pinion_tests::measurement::{self, Row};
 
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
+/// The module could not be loaded.
+const STATUS_DRIVER: i32 = 116;
 
 /// A guest to run something in.
 #[derive(Clone, Copy)]
@@ -530,6 +532,27 @@ fn measurements(guest: Guest) {
     assert_eq!(ratios, 52);
 }
 
+/// The nodes for the kernel's hmm-tests, with both mechanisms for exclusive access. (The tests themselves are `qemu-scripts/test hmm`.)
+fn dmirror(guest: Guest) {
+    const BY_KERNEL: &[&str] = &["--driver-option", "dmirror=1"];
+    const BY_PINNING: &[&str] = &["--driver-option", "dmirror=2"];
+    for (options, mechanism) in [(BY_KERNEL, "exclusive"), (BY_PINNING, "pin")] {
+        Guest { options, ..guest }
+            .run(&["dmirror", mechanism])
+            .must_succeed();
+    }
+}
+
+#[test]
+fn a_value_of_dmirror_that_is_not_known_keeps_the_module_out() {
+    let guest = Guest {
+        options: &["--driver-option", "dmirror=3"],
+        ..PIN
+    };
+    let ended = guest.run(&["true"]);
+    assert_eq!(ended.status(), STATUS_DRIVER, "{}", ended.everything());
+}
+
 macro_rules! on_each_kernel {
     ($($name:ident)*) => {
         mod pin {
@@ -543,7 +566,7 @@ macro_rules! on_each_kernel {
 
 on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus
 guest_tests_with_two_apertures examples demonstration contention_ten_times
-measurements device_loss device_loss_in_vram device_loss_during_eviction }
+measurements device_loss device_loss_in_vram device_loss_during_eviction dmirror }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {
