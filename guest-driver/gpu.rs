@@ -25,8 +25,10 @@ use crate::{
     debugfs,
     file::FileHandle,
     hmm::memory::DeviceMemory,
+    pins::{Pins, Pressure},
     residency::Residency,
     ring::Ring,
+    shrinker::Shrinker,
     sync::{Completion, ModuleQueue},
     virtio::{self, Channel, Device, Layout, Pending, Transport},
 };
@@ -57,7 +59,7 @@ pub(crate) const MAX_REPLAYS: usize = abi::MAX_RINGS as usize;
 const MAX_BATCH: u32 = 1024;
 /// Milliseconds after which the device is asked whether it lives, while it has work.
 const HEARTBEAT: Msecs = 1000;
-/// Pages that can be pinned at a time.
+/// Pages that can be pinned at a time, at most.
 const PIN_PAGES: usize = 32768;
 
 /// `/dev/pinionN`.
@@ -223,6 +225,7 @@ pub(crate) struct Gpu {
     copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
     memory: Arc<DeviceMemory<Residency>>,
+    pins: Arc<Pins>,
     lost: Atomic<bool>,
     large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
@@ -242,12 +245,27 @@ pub(crate) struct Gpu {
     looking: Atomic<bool>,
     #[pin]
     look_work: Work<Gpu, 2>,
+    /// While the driver is bound.
+    #[pin]
+    shrinker: Mutex<Option<Shrinker<Pressure>>>,
+    #[pin]
+    pressure_work: Work<Gpu, 3>,
 }
 
 impl_has_work! {
     impl HasWork<Self, 0> for Gpu { self.event_work }
     impl HasWork<Self, 1> for Gpu { self.loss_work }
     impl HasWork<Self, 2> for Gpu { self.look_work }
+    impl HasWork<Self, 3> for Gpu { self.pressure_work }
+}
+
+/// Memory is short.
+impl WorkItem<3> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        this.pins.relieve(&this);
+    }
 }
 
 /// Events have come.
@@ -394,6 +412,11 @@ impl Gpu {
     }
 
     /// What is to be seen of this device in debugfs.
+    /// The pages that are pinned.
+    pub(crate) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
     fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
         let mut rings = KVec::new();
         let mut queues = KVec::new();
@@ -408,7 +431,7 @@ impl Gpu {
         if let Some(copy) = &self.copy {
             queue("copy", copy.ring())?;
         }
-        debugfs::Directory::new(name, rings, queues)
+        debugfs::Directory::new(name, rings, queues, self.pins.clone())
     }
 
     /// Declares the device lost. It will be reset as soon as possible.
@@ -791,6 +814,11 @@ fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
     }
 }
 
+/// Pages that are pinned at most.
+fn most_pins() -> usize {
+    (crate::module_parameters::pins.value() as usize).min(PIN_PAGES)
+}
+
 /// Pages of VRAM that are used at most: twice as many as the system has. The struct pages of more would take up too much of
 /// its memory.
 fn most_vram_pages() -> usize {
@@ -916,6 +944,7 @@ impl virtio::Driver for Gpu {
                 rings,
                 copy,
                 contexts,
+                pins: Arc::new(Pins::new(memory.clone(), most_pins()), GFP_KERNEL)?,
                 memory,
                 lost: Atomic::new(false),
                 large_pages: Atomic::new(true),
@@ -927,6 +956,8 @@ impl virtio::Driver for Gpu {
                 loss_work <- new_work!("Gpu::loss_work"),
                 looking: Atomic::new(false),
                 look_work <- new_work!("Gpu::look_work"),
+                shrinker <- new_mutex!(None, "Gpu::shrinker"),
+                pressure_work <- new_work!("Gpu::pressure_work"),
             }? Error),
             GFP_KERNEL,
         )
@@ -945,6 +976,8 @@ impl virtio::Driver for Gpu {
         }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
         *this.debug.lock() = Some(this.debug_directory(&name)?);
+        let pressure = Arc::new(Pressure(this.clone()), GFP_KERNEL)?;
+        *this.shrinker.lock() = Some(Shrinker::new(c"pinion-pins", pressure)?);
         let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         Ok(())
@@ -978,6 +1011,9 @@ impl virtio::Driver for Gpu {
         drop(node);
         let debug = this.debug.lock().take();
         drop(debug);
+        // What it has queued is waited for below.
+        let shrinker = this.shrinker.lock().take();
+        drop(shrinker);
         // As long as the device can still copy.
         Residency::evacuate(&this);
         this.stop();

@@ -223,6 +223,8 @@ struct Table<T> {
     /// The rest of it.
     private: Blocks,
     stand_ins: Blocks,
+    /// From where on stand-ins are looked for that are to go home for others.
+    hand: usize,
     /// No page of the device's memory is to be allocated any more.
     closed: bool,
 }
@@ -348,6 +350,7 @@ impl<H: Handler> DeviceMemory<H> {
             coherent,
             private,
             stand_ins,
+            hand: 0,
             closed: false,
         };
         // INVARIANT: As many as `count` says.
@@ -423,13 +426,20 @@ impl<H: Handler> DeviceMemory<H> {
         }
     }
 
-    /// Takes a free stand-in.
+    /// Takes a free stand-in, unless `limit` of them are in use.
     ///
     /// # Errors
     ///
     /// ENOSPC.
-    pub(crate) fn allocate_stand_in(&self) -> Result<NewDevicePage> {
-        let index = self.table.lock().stand_ins.allocate_page();
+    pub(crate) fn allocate_stand_in(&self, limit: usize) -> Result<NewDevicePage> {
+        let index = {
+            let mut table = self.table.lock();
+            if table.stand_ins.used() < limit {
+                table.stand_ins.allocate_page()
+            } else {
+                None
+            }
+        };
         self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
     }
 
@@ -616,6 +626,38 @@ impl<H: Handler> DeviceMemory<H> {
                 each(page);
             }
             next = index + 1;
+        }
+    }
+
+    /// Stand-ins that are in use.
+    pub(crate) fn pinned(&self) -> usize {
+        self.table.lock().stand_ins.used()
+    }
+
+    /// Fills `pages` up to its capacity with stand-ins that have data, beginning where the last call ended and at most once round.
+    pub(crate) fn next_pinned(&self, pages: &mut KVec<DevicePage>) {
+        let mut left = self.count() - self.device;
+        while left > 0 && pages.len() < pages.capacity() {
+            let index = {
+                let mut table = self.table.lock();
+                if table.stand_ins.used() == 0 {
+                    return;
+                }
+                let index = table.hand.max(self.device);
+                // Those that are looked at with interrupts disabled, as below.
+                let end = self.count().min(index + left.min(512));
+                let found = table.entries[index..end]
+                    .iter()
+                    .position(|entry| entry.data.is_some());
+                let next = found.map_or(end, |found| index + found + 1);
+                left -= next - index;
+                table.hand = if next < self.count() { next } else { self.device };
+                found.map(|found| index + found)
+            };
+            if let Some(page) = index.and_then(|index| self.page(index)) {
+                // There is room, as above.
+                let _ = pages.push_within_capacity(page);
+            }
         }
     }
 

@@ -12,6 +12,7 @@ mod interface;
 mod lifetime;
 mod observing;
 mod ownership;
+mod pins;
 mod several;
 mod submitting;
 mod support;
@@ -41,6 +42,7 @@ fn all() -> Vec<Test> {
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        pins::TESTS,
         vram::TESTS,
         lifetime::TESTS,
         observing::TESTS,
@@ -50,7 +52,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    [vram::FILLING, several::TESTS, aperture::TESTS].concat()
+    [vram::FILLING, several::TESTS, aperture::TESTS, pins::FEW].concat()
 }
 
 /// Runs a test in this process.
