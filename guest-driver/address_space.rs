@@ -15,6 +15,11 @@
 //! - ATOMIC: the page is *pinned*: the CPU's mapping goes, and an access by the CPU brings the page home. Or it is moved to
 //!   VRAM, or made exclusive to the GPU in the way that the kernel has for it. In VRAM that the CPU sees, the two share it. The `UNPROTECTED` mode does neither and loses updates; it exists to show that.
 
+pub(crate) mod explicit;
+mod observation;
+
+pub(crate) use self::observation::Observation;
+
 use crate::{
     abi,
     advice::{Advice, Atomics, Location, Policy},
@@ -24,7 +29,7 @@ use crate::{
     hmm::{
         blocks::{BLOCK_ORDER, BLOCK_PAGES},
         exclusive::ExclusivePage,
-        memory::{self, Data, Kind, NewDevicePage},
+        memory::{self, Data, DevicePage, Kind, NewDevicePage},
         migrate::{self, Outcome, Purpose, Source, Unmapped, What},
         notifier::{IntervalNotifier, Owner, Sequence},
         page::Pfn,
@@ -142,6 +147,11 @@ pub(crate) struct AddressSpace {
     closed: Atomic<bool>,
     /// Why no fault can be handled any more: an errno, or 0. The context is in error, or about to be.
     doomed: Atomic<i32>,
+    /// What is known of accesses to come, and wanted to be known of their faults.
+    #[pin]
+    observation: Observation,
+    /// The next allocation of memory for a page that moves is to fail.
+    failing: Atomic<bool>,
     /// Its work.
     submissions: Arc<Submissions>,
     statistics: Arc<Statistics>,
@@ -209,6 +219,8 @@ impl AddressSpace {
                 handling <- new_mutex!(batch, "AddressSpace::handling"),
                 closed: Atomic::new(false),
                 doomed: Atomic::new(0),
+                observation <- Observation::new(),
+                failing: Atomic::new(false),
                 submissions,
                 statistics,
             }),
@@ -367,6 +379,7 @@ impl AddressSpace {
         }
         self.statistics.faults.add(batch.len() as i64, Relaxed);
         for fault in batch.iter() {
+            self.observation.count(fault);
             trace::fault(
                 self.gpu.number(),
                 self.context,
@@ -393,6 +406,9 @@ impl AddressSpace {
         let Some(fault) = batch.first().copied() else {
             return;
         };
+        if let Some(rest) = self.observation.ahead(&fault) {
+            self.map_ahead(&fault, rest);
+        }
         let Err(error) = self.persist(batch, fault.fault) else {
             return;
         };
@@ -631,10 +647,6 @@ impl AddressSpace {
                 },
                 other => other,
             };
-            let mine = Mapped {
-                context: self.context,
-                va,
-            };
             *entry = match found {
                 Found::System { pfn, writable, .. } if !exclusive && (writable || !write) => {
                     let mut rights = u64::from(guard.rights(va)) | abi::PTE_READ;
@@ -648,28 +660,13 @@ impl AddressSpace {
                     }
                     pfn.address() | rights | abi::PTE_VALID
                 }
-                Found::Coherent { page, writable } if writable || !write => {
-                    let Some((place, _)) = memory.get(page) else {
-                        continue;
-                    };
-                    if !memory.update(page, place, |_| true, mine) {
-                        continue;
+                Found::Coherent { page, writable } | Found::Device { page, writable, .. }
+                    if writable || !write =>
+                {
+                    match self.device_entry(page, writable, va) {
+                        Some(entry) => entry,
+                        None => continue,
                     }
-                    if writable {
-                        page.pfn().mark_dirty();
-                    }
-                    place_entry(place) | rights_of(writable) | abi::PTE_VALID
-                }
-                Found::Device { page, writable, .. } if writable || !write => {
-                    let Some((place, _)) = memory.get(page) else {
-                        continue;
-                    };
-                    // Another migration home, of which this window knows nothing, may have come first.
-                    let current = |mapped: &Mapped| mapped.context == self.context;
-                    if !memory.update(page, place, current, mine) {
-                        continue;
-                    }
-                    place_entry(place) | rights_of(writable) | abi::PTE_VALID
                 }
                 _ => continue,
             };
@@ -682,6 +679,27 @@ impl AddressSpace {
         let count = entries.iter().enumerate().filter(|page| mirrored(*page)).count();
         self.statistics.mirrors.add(count as i64, Relaxed);
         map_and_replay(&mut guard, range.start, &entries, batch)
+    }
+
+    /// The entry for a page of this GPU, which is at `va` from now on; none if it has begun to go home, or if it is
+    /// device-private and another address space's. The window is locked.
+    fn device_entry(&self, page: DevicePage, writable: bool, va: usize) -> Option<u64> {
+        let memory = self.gpu.memory();
+        let mine = Mapped {
+            context: self.context,
+            va,
+        };
+        let (place, _) = memory.get(page)?;
+        let coherent = memory.kind(page) == Some(Kind::Coherent);
+        // Another migration home, of which the window knows nothing, may have come first.
+        let current = |mapped: &Mapped| coherent || mapped.context == self.context;
+        if !memory.update(page, place, current, mine) {
+            return None;
+        }
+        if coherent && writable {
+            page.pfn().mark_dirty();
+        }
+        Some(place_entry(place)? | rights_of(writable) | abi::PTE_VALID)
     }
 
     /// Makes the page at `va` exclusive to the GPU, and gives it to it. The replay is waited for before anybody can undo that.
@@ -802,6 +820,7 @@ impl AddressSpace {
         // Our own migration is not reported to us. The GPU must not write to what is about to be copied.
         window.revoke_within(&mut sequence).take_back(range.clone());
         let mut plan = Plan::new(unmapped.len())?;
+        plan.failing = self.take_failure();
         let page = |va: usize| va.saturating_sub(range.start) / PAGE_SIZE;
         plan.fill(memory, kind, &mut unmapped, page(wanted.start)..page(wanted.end))?;
         if plan.count == 0 {
@@ -860,7 +879,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM.
+    /// EINTR: a signal has come. EOPNOTSUPP: there is no VRAM. ENODEV: the device is lost.
     pub(crate) fn prefetch(&self, range: Range<usize>, location: Location) -> Result {
         let kind = self.kind_for(location);
         if kind.is_none() && location != Location::System {
@@ -871,6 +890,9 @@ impl AddressSpace {
         while start < range.end {
             if kernel::current!().signal_pending() {
                 return Err(EINTR);
+            }
+            if self.gpu.is_lost() {
+                return Err(ENODEV);
             }
             let end = ((start & !(WINDOW_SIZE - 1)) + WINDOW_SIZE).min(range.end);
             let piece = start..end;
@@ -893,8 +915,98 @@ impl AddressSpace {
                         _ => break,
                     }
                 }
-            } else if self.home(piece, Which::All, true) == Err(Trouble::NoMemory) {
-                return Err(ENOMEM);
+            } else {
+                if self.home(piece.clone(), Which::All, true) == Err(Trouble::NoMemory) {
+                    return Err(ENOMEM);
+                }
+                if let Ok(window) = self.window(&mm, piece.start) {
+                    // If something comes in between then the GPU asks for it.
+                    let _ = self.mirror(&mm, &window, piece);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what is in `range`, which is a part of one window, of the system's memory for the GPU, so that it need not ask for it.
+    /// What cannot be had without waiting is left out.
+    fn mirror(&self, mm: &MmWithUser, window: &IntervalNotifier<Window>, range: Range<usize>) -> Result {
+        let mut sequence = window.begin();
+        let pages = read_range(
+            &mut sequence,
+            mm,
+            range.clone(),
+            Wanted::Nothing,
+            Some(self.private()),
+        )?;
+        let mut entries = KVec::from_elem(0, pages.len(), GFP_KERNEL)?;
+        let mut guard = sequence.commit().map_err(|_| EAGAIN)?;
+        let mut count = 0;
+        for (index, entry) in entries.iter_mut().enumerate() {
+            let Found::System { pfn, writable } = pages.get(index) else {
+                continue;
+            };
+            let rights = u64::from(guard.rights(range.start + index * PAGE_SIZE));
+            *entry = pfn.address() | rights | abi::PTE_READ | abi::PTE_VALID;
+            // What belongs to a file is not to be written back for nothing.
+            if writable && migrate::is_anonymous(pfn) {
+                pfn.mark_dirty();
+                *entry |= abi::PTE_WRITE;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        self.statistics.mirrors.add(count, Relaxed);
+        guard.map(range.start, &entries, &[])
+    }
+
+    /// Takes note that nobody needs what is in `range`: what is in VRAM, out of the CPU's sight, need not be copied when it
+    /// leaves, unless the GPU gets to it before.
+    ///
+    /// Only where the process may write: what it shares with a child is not its own to drop.
+    pub(crate) fn discard(&self, range: Range<usize>) -> Result {
+        let mm = self.mm.mmget_not_zero().ok_or(ESRCH)?;
+        let memory = self.gpu.memory();
+        let mut base = range.start & !(WINDOW_SIZE - 1);
+        while let Some((next, window)) = self.find_from(base, range.end) {
+            base = next + WINDOW_SIZE;
+            if kernel::current!().signal_pending() {
+                return Err(EINTR);
+            }
+            let piece = next.max(range.start)..base.min(range.end);
+            for _ in 0..PREFETCH_ATTEMPTS {
+                let mut sequence = window.begin();
+                let owner = Some(self.private());
+                let pages = match read_range(&mut sequence, &mm, piece.clone(), Wanted::Nothing, owner) {
+                    Ok(pages) => pages,
+                    Err(error) if error == EAGAIN => continue,
+                    // Nothing that could be read is there.
+                    Err(_) => break,
+                };
+                let in_vram = |index: usize| match pages.get(index) {
+                    Found::Device { page, writable: true } => memory.kind(page).map(|_| page),
+                    _ => None,
+                };
+                if (0..pages.len()).all(|index| in_vram(index).is_none()) {
+                    break;
+                }
+                let Ok(mut guard) = sequence.commit() else {
+                    continue;
+                };
+                // It has to ask before it writes there again.
+                guard.take_back(piece.clone());
+                for index in 0..pages.len() {
+                    let mine = Mapped {
+                        context: self.context,
+                        va: piece.start + index * PAGE_SIZE,
+                    };
+                    if let Some(page) = in_vram(index) {
+                        memory.discard(page, |mapped| *mapped == mine);
+                    }
+                }
+                break;
             }
         }
         Ok(())
@@ -948,7 +1060,7 @@ impl AddressSpace {
             let (state, pfn) = match found {
                 Found::Device { page, .. } => match memory.get(page) {
                     Some((memory::Place::Pinned(pfn), _)) => (uapi::PAGE_PINNED, Some(pfn)),
-                    Some((memory::Place::Device(_), _)) => (uapi::PAGE_VRAM, None),
+                    Some((memory::Place::Device(_) | memory::Place::Lost, _)) => (uapi::PAGE_VRAM, None),
                     None => (uapi::PAGE_CPU, None),
                 },
                 Found::Coherent { page, .. } if memory.kind(page).is_some() => (uapi::PAGE_COHERENT, None),
@@ -1007,11 +1119,12 @@ fn rights_of(writable: bool) -> u64 {
     }
 }
 
-/// Where a page table entry has to lead.
-fn place_entry(place: memory::Place) -> u64 {
+/// Where a page table entry has to lead, if there is something.
+fn place_entry(place: memory::Place) -> Option<u64> {
     match place {
-        memory::Place::Device(offset) => offset | abi::PTE_VRAM,
-        memory::Place::Pinned(pfn) => pfn.address(),
+        memory::Place::Device(offset) => Some(offset | abi::PTE_VRAM),
+        memory::Place::Pinned(pfn) => Some(pfn.address()),
+        memory::Place::Lost => None,
     }
 }
 
@@ -1023,7 +1136,9 @@ fn map_and_replay(window: &mut Window, va: usize, entries: &[u64], batch: &mut B
         let entry = entries.get(page)?;
         // `ACCESS_*` are the bits of an entry, without VALID.
         let needed = u64::from(fault.access) << 1;
-        (entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
+        // An access that is still to come has no fault to be replayed.
+        let stalled = fault.fault != 0;
+        (stalled && entry & abi::PTE_VALID != 0 && entry & needed == needed).then_some(fault.fault)
     };
     let mut faults = [0; MAX_REPLAYS];
     let mut count = 0;
@@ -1044,6 +1159,8 @@ struct Plan {
     transfers: Transfers,
     /// How many pages.
     count: usize,
+    /// The next allocation is to fail.
+    failing: bool,
 }
 
 impl Plan {
@@ -1053,7 +1170,21 @@ impl Plan {
             entries: KVec::from_elem(0, count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(count)?,
             count: 0,
+            failing: false,
         })
+    }
+
+    /// Takes a folio of VRAM.
+    fn allocate(
+        &mut self,
+        memory: &memory::DeviceMemory<Residency>,
+        kind: Kind,
+        order: u32,
+    ) -> Result<NewDevicePage> {
+        if core::mem::take(&mut self.failing) {
+            return Err(ENOSPC);
+        }
+        memory.allocate_device(kind, order)
     }
 
     /// Finds a place in VRAM for what is unmapped, as far as there is room.
@@ -1076,7 +1207,7 @@ impl Plan {
                 _ => {}
             }
             if source.order > 0 {
-                if let Ok(block) = memory.allocate_device(kind, BLOCK_ORDER) {
+                if let Ok(block) = self.allocate(memory, kind, BLOCK_ORDER) {
                     self.send(memory, unmapped, source, 0, block)?;
                     continue;
                 }
@@ -1085,7 +1216,7 @@ impl Plan {
                 // In pieces, then; the kernel wants all of them or none.
                 let mut pieces = KVec::with_capacity(BLOCK_PAGES, GFP_KERNEL)?;
                 for _ in 0..BLOCK_PAGES {
-                    let Ok(page) = memory.allocate_device(kind, 0) else {
+                    let Ok(page) = self.allocate(memory, kind, 0) else {
                         break;
                     };
                     pieces.push(page, GFP_KERNEL)?;
@@ -1098,7 +1229,7 @@ impl Plan {
                 continue;
             }
             for piece in 0..count {
-                let Ok(page) = memory.allocate_device(kind, 0) else {
+                let Ok(page) = self.allocate(memory, kind, 0) else {
                     return Ok(());
                 };
                 self.send(memory, unmapped, source, piece, page)?;

@@ -23,6 +23,22 @@
 #include "pinion_trace.h"
 #include "uapi/pinion.h"
 
+#ifdef PINION_HAS_TEST_HMM_UAPI
+#include <../lib/test_hmm_uapi.h>
+
+const unsigned int PINION_DMIRROR_READ = HMM_DMIRROR_READ;
+const unsigned int PINION_DMIRROR_WRITE = HMM_DMIRROR_WRITE;
+const unsigned int PINION_DMIRROR_MIGRATE_TO_DEV = HMM_DMIRROR_MIGRATE_TO_DEV;
+const unsigned int PINION_DMIRROR_MIGRATE_TO_SYS = HMM_DMIRROR_MIGRATE_TO_SYS;
+const unsigned int PINION_DMIRROR_SNAPSHOT = HMM_DMIRROR_SNAPSHOT;
+const unsigned int PINION_DMIRROR_EXCLUSIVE = HMM_DMIRROR_EXCLUSIVE;
+const unsigned int PINION_DMIRROR_CHECK_EXCLUSIVE = HMM_DMIRROR_CHECK_EXCLUSIVE;
+const unsigned int PINION_DMIRROR_RELEASE = HMM_DMIRROR_RELEASE;
+const unsigned int PINION_DMIRROR_FLAGS = HMM_DMIRROR_FLAGS;
+const unsigned int PINION_DMIRROR_READ_UNLOCKED = HMM_DMIRROR_READ_UNLOCKED;
+const unsigned long PINION_DMIRROR_FLAG_FAIL_ALLOC = HMM_DMIRROR_FLAG_FAIL_ALLOC;
+#endif
+
 /* Macros with casts are beyond bindgen; constants are not. (Those of HMM need 64 unsigned bits: see hmm/range.rs.) */
 const unsigned long PINION_MIGRATE_PFN_VALID = MIGRATE_PFN_VALID;
 const unsigned long PINION_MIGRATE_PFN_MIGRATE = MIGRATE_PFN_MIGRATE;

@@ -59,7 +59,7 @@ impl<T: Poll> Operations<T> {
 ///
 /// `inner` is registered with the file operations of `T`, and is always part of a `CharDevice<T, D>`.
 #[pin_data(PinnedDrop)]
-pub(crate) struct CharDevice<T: Poll, D: Send + Sync> {
+pub(crate) struct CharDevice<T: MiscDevice, D: Send + Sync> {
     #[pin]
     inner: Opaque<bindings::miscdevice>,
     data: D,
@@ -69,20 +69,39 @@ pub(crate) struct CharDevice<T: Poll, D: Send + Sync> {
 }
 
 // SAFETY: Registration and deregistration may be done from any thread.
-unsafe impl<T: Poll, D: Send + Sync> Send for CharDevice<T, D> {}
+unsafe impl<T: MiscDevice, D: Send + Sync> Send for CharDevice<T, D> {}
 // SAFETY: As above; `data` is `Sync`.
-unsafe impl<T: Poll, D: Send + Sync> Sync for CharDevice<T, D> {}
+unsafe impl<T: MiscDevice, D: Send + Sync> Sync for CharDevice<T, D> {}
 
 impl<T: Poll, D: Send + Sync> CharDevice<T, D> {
-    /// Registers `/dev/NAME`, which files of the given mode are opened on.
+    /// As [`Self::new`], for files on which `poll` works.
+    pub(crate) fn with_poll(name: CString, mode: u16, data: D) -> impl PinInit<Self, Error> {
+        Self::register(name, mode, data, Some(&Operations::<T>::TABLE))
+    }
+}
+
+impl<T: MiscDevice, D: Send + Sync> CharDevice<T, D> {
+    /// Registers `/dev/NAME`, a node with permissions `mode`, which is opened as a `T`.
     pub(crate) fn new(name: CString, mode: u16, data: D) -> impl PinInit<Self, Error> {
+        Self::register(name, mode, data, None)
+    }
+
+    /// `operations` are those of `T`, with others that it has besides.
+    fn register(
+        name: CString,
+        mode: u16,
+        data: D,
+        operations: Option<&'static bindings::file_operations>,
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(&this in Self {
             data,
             name,
             _file: PhantomData,
             inner <- Opaque::try_ffi_init(move |slot: *mut bindings::miscdevice| {
                 let mut device = MiscDeviceOptions { name: c"pinion" }.into_raw::<T>();
-                device.fops = &Operations::<T>::TABLE;
+                if let Some(operations) = operations {
+                    device.fops = operations;
+                }
                 device.mode = mode;
                 // SAFETY: `this.name` has been initialised above, and lives as long as the registration.
                 device.name = unsafe { (*this.as_ptr()).name.as_char_ptr() };
@@ -109,7 +128,7 @@ impl<T: Poll, D: Send + Sync> CharDevice<T, D> {
 }
 
 #[pinned_drop]
-impl<T: Poll, D: Send + Sync> PinnedDrop for CharDevice<T, D> {
+impl<T: MiscDevice, D: Send + Sync> PinnedDrop for CharDevice<T, D> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: Registered by the type invariant.
         unsafe { bindings::misc_deregister(self.inner.get()) };

@@ -80,11 +80,17 @@ impl Transfers {
 
     /// Fills `length` bytes with zeros.
     pub(crate) fn clear(&mut self, to: Location, length: u64) -> Result {
+        self.fill(to, length, 0)
+    }
+
+    /// Fills `length` bytes with a number of eight.
+    pub(crate) fn fill(&mut self, to: Location, length: u64, pattern: u64) -> Result {
         self.push(abi::Command {
             opcode: abi::COMMAND_FILL,
             width: 8,
             address: to.0,
             length,
+            operand: pattern,
             ..abi::Command::default()
         })
     }
@@ -93,6 +99,7 @@ impl Transfers {
         let copy = new.opcode == abi::COMMAND_COPY;
         if let Some(last) = self.0.last_mut() {
             let joins = last.opcode == new.opcode
+                && last.operand == new.operand
                 && last.address + last.length == new.address
                 && (!copy || last.source + last.length == new.source);
             if joins {

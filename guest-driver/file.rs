@@ -80,24 +80,7 @@ impl MiscDevice for FileHandle {
     fn open(_file: &File, device: &MiscDeviceRegistration<Self>) -> Result<Pin<KBox<Self>>> {
         // SAFETY: This is `open`, and `Gpu` is what registers this type.
         let gpu = unsafe { CharDevice::<Self, Arc<Gpu>>::data_of(device) };
-        if gpu.is_lost() {
-            return Err(ENODEV);
-        }
-        let current = current!();
-        let mm: &Mm = current.mm().ok_or(ESRCH)?;
-        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
-        let progress = Progress::new()?;
-        KBox::pin_init(
-            pin_init!(Self {
-                gpu: gpu.clone(),
-                number: FILES.fetch_add(1, Relaxed) + 1,
-                mm: mm.into(),
-                statistics,
-                progress,
-                space <- new_mutex!(None, "FileHandle::space"),
-            }),
-            GFP_KERNEL,
-        )
+        KBox::pin_init(Self::new(gpu)?, GFP_KERNEL)
     }
 
     // Structures have the same layout for 32-bit callers, whose pointers the `kernel` crate's `compat_ioctl` extends.
@@ -164,7 +147,7 @@ fn read_array<T: FromBytes + IntoBytes + zerocopy::Immutable>(pointer: u64, coun
 }
 
 /// A page-aligned range of user addresses.
-fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
+pub(crate) fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
     let end = address.checked_add(length).ok_or(EINVAL)?;
     if length == 0 || address % abi::PAGE_SIZE != 0 || length % abi::PAGE_SIZE != 0 || end > abi::VA_END {
         return Err(EINVAL);
@@ -173,6 +156,30 @@ fn page_range(address: u64, length: u64) -> Result<Range<usize>> {
 }
 
 impl FileHandle {
+    /// One that the current process has opened.
+    ///
+    /// # Errors
+    ///
+    /// ENODEV: the device is lost.
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<impl PinInit<Self>> {
+        if gpu.is_lost() {
+            return Err(ENODEV);
+        }
+        let current = current!();
+        let mm: ARef<Mm> = current.mm().map(|mm| -> &Mm { mm }).ok_or(ESRCH)?.into();
+        let statistics = Arc::new(Statistics::new(), GFP_KERNEL)?;
+        let progress = Progress::new()?;
+        let gpu = gpu.clone();
+        Ok(pin_init!(Self {
+            gpu,
+            number: FILES.fetch_add(1, Relaxed) + 1,
+            mm,
+            statistics,
+            progress,
+            space <- new_mutex!(None, "FileHandle::space"),
+        }))
+    }
+
     /// The address space means the memory of the process that opened it: nobody else may use it.
     fn check_owner(&self) -> Result {
         let current = current!();
@@ -184,7 +191,12 @@ impl FileHandle {
         }
     }
 
-    fn owned(&self) -> Result<Arc<AddressSpace>> {
+    /// The address space, which comes into being when it is first used.
+    ///
+    /// # Errors
+    ///
+    /// EPERM: it is another process's.
+    pub(crate) fn owned(&self) -> Result<Arc<AddressSpace>> {
         self.check_owner()?;
         let mut space = self.space.lock();
         match &*space {
@@ -433,11 +445,13 @@ impl FileHandle {
     }
 
     fn discard(&self, arg: usize) -> Result {
-        let _space = self.owned()?;
+        let space = self.owned()?;
         let request: uapi::Discard = uapi::read(arg)?;
-        let _range = page_range(request.address, request.length)?;
-        // Nothing has to be kept, and nothing needs to be forgotten.
-        Ok(())
+        match space.discard(page_range(request.address, request.length)?) {
+            // As for a prefetch.
+            Err(error) if error == EINTR => Err(ERESTARTSYS),
+            other => other,
+        }
     }
 
     fn query(&self, arg: usize) -> Result {
@@ -471,7 +485,7 @@ impl FileHandle {
     }
 
     /// The statistics, for fdinfo. docs/driver.md says what they mean.
-    fn show(&self, m: &SeqFile) {
+    pub(crate) fn show(&self, m: &SeqFile) {
         seq_print!(m, "pinion-driver:\tpinion\n");
         seq_print!(m, "pinion-device:\tpinion{}\n", self.gpu.number());
         seq_print!(m, "pinion-client-id:\t{}\n", self.number);

@@ -22,9 +22,9 @@ use crate::{
     address_space::AddressSpace,
     chardev::{self, CharDevice},
     copy::{self, CopyEngine, Transfers},
-    debugfs,
+    debugfs, dmirror,
     file::FileHandle,
-    hmm::memory::DeviceMemory,
+    hmm::memory::{DeviceMemory, Kind},
     pins::{Pins, Pressure},
     residency::Residency,
     ring::Ring,
@@ -236,6 +236,8 @@ pub(crate) struct Gpu {
     #[pin]
     node: Mutex<Option<Pin<KBox<Node>>>>,
     #[pin]
+    dmirror: Mutex<dmirror::Nodes>,
+    #[pin]
     debug: Mutex<Option<Pin<KBox<debugfs::Directory>>>>,
     #[pin]
     event_work: Work<Gpu, 0>,
@@ -287,6 +289,7 @@ impl WorkItem<1> for Gpu {
 
     fn run(this: Arc<Gpu>) {
         this.stop();
+        Residency::abandon(&this);
     }
 }
 
@@ -500,6 +503,23 @@ impl Gpu {
         result
     }
 
+    /// Whether the CPU sees VRAM in the aperture. The device has answered a request, so the hypervisor has mapped it, or
+    /// never will.
+    fn sees_aperture(self: &Arc<Self>) -> Result<bool> {
+        let page = self.memory.allocate_device(Kind::Coherent, 0)?;
+        let offset = self.memory.offset(page.name()).ok_or(EINVAL)?;
+        // Two, for one may be there by chance.
+        for pattern in [0x5049_4e49_4f4e_0001, !0x5049_4e49_4f4e_0001] {
+            let mut transfers = Transfers::with_capacity(1)?;
+            transfers.fill(copy::Location::vram(offset), abi::PAGE_SIZE, pattern)?;
+            self.transfer(&transfers)?;
+            if page.peek() != Some(pattern) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Puts a batch of the driver's own into `ring`.
     pub(crate) fn send_batch<'a>(
         &self,
@@ -594,6 +614,13 @@ impl Gpu {
                 Err(_) => return self.wait_stopped(),
             }
         }
+    }
+
+    /// Ends all work of a context, which is alive afterwards if it was in error. When this returns, no access of that work is in
+    /// flight or will start.
+    pub(crate) fn reset_context(self: &Arc<Self>, context: u32) -> Result {
+        let request = header(abi::REQUEST_CONTEXT_RESET, context);
+        self.request(&request, "no answer to CONTEXT_RESET").map(|_| ())
     }
 
     /// Forgets the address space of a context that has ended, and frees its number.
@@ -951,6 +978,7 @@ impl virtio::Driver for Gpu {
                 stopped <- Completion::new(),
                 transport <- new_mutex!(Some(transport), "Gpu::transport"),
                 node <- new_mutex!(None, "Gpu::node"),
+                dmirror <- new_mutex!(KVec::new(), "Gpu::dmirror"),
                 debug <- new_mutex!(None, "Gpu::debug"),
                 event_work <- new_work!("Gpu::event_work"),
                 loss_work <- new_work!("Gpu::loss_work"),
@@ -974,12 +1002,20 @@ impl virtio::Driver for Gpu {
             let request = header(abi::REQUEST_CONTEXT_CREATE, copy.context());
             this.request(&request, "no answer to CONTEXT_CREATE")?;
         }
+        if this.memory.usage(Kind::Coherent).total > 0 && !this.sees_aperture()? {
+            dev_err!(
+                this.device,
+                "VRAM is not where the aperture should be; doing without that part\n"
+            );
+            this.memory.withdraw_coherent();
+        }
         let name = CString::try_from_fmt(fmt!("pinion{}", this.number.0))?;
         *this.debug.lock() = Some(this.debug_directory(&name)?);
+        let node = KBox::pin_init(Node::with_poll(name, 0o666, this.clone()), GFP_KERNEL)?;
+        *this.node.lock() = Some(node);
+        *this.dmirror.lock() = dmirror::nodes(this)?;
         let pressure = Arc::new(Pressure(this.clone()), GFP_KERNEL)?;
         *this.shrinker.lock() = Some(Shrinker::new(c"pinion-pins", pressure)?);
-        let node = KBox::pin_init(Node::new(name, 0o666, this.clone()), GFP_KERNEL)?;
-        *this.node.lock() = Some(node);
         Ok(())
     }
 
@@ -1009,6 +1045,8 @@ impl virtio::Driver for Gpu {
     fn remove(this: Arc<Self>) {
         let node = this.node.lock().take();
         drop(node);
+        let nodes = core::mem::replace(&mut *this.dmirror.lock(), KVec::new());
+        drop(nodes);
         let debug = this.debug.lock().take();
         drop(debug);
         // What it has queued is waited for below.
@@ -1017,6 +1055,8 @@ impl virtio::Driver for Gpu {
         // As long as the device can still copy.
         Residency::evacuate(&this);
         this.stop();
+        // If it was lost: what happens then has been done.
+        ModuleQueue::Loss.flush();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.
         ModuleQueue::Faults.flush();

@@ -220,6 +220,11 @@ bool pinion_page_is_ksm(struct page *page)
 	return folio_test_ksm(page_folio(page));
 }
 
+bool pinion_pfn_is_zero(unsigned long pfn)
+{
+	return is_zero_pfn(pfn);
+}
+
 bool pinion_page_may_pin(struct page *page)
 {
 	struct folio *folio = page_folio(page);
@@ -255,6 +260,11 @@ struct dev_pagemap *pinion_device_pagemap(struct page *page)
 bool pinion_page_is_device_coherent(struct page *page)
 {
 	return is_device_coherent_page(page);
+}
+
+u64 pinion_page_peek(struct page *page)
+{
+	return READ_ONCE(*(u64 *)page_address(page));
 }
 
 struct page *pinion_folio_page(struct folio *folio)
@@ -300,9 +310,9 @@ void pinion_clear_pages(struct page *page, unsigned int order)
 		clear_highpage(page + i);
 }
 
-bool pinion_vma_is_anonymous(struct vm_area_struct *vma)
+bool pinion_vma_is_shared(struct vm_area_struct *vma)
 {
-	return vma_is_anonymous(vma);
+	return vma->vm_flags & VM_SHARED;
 }
 
 bool pinion_vma_is_writable(struct vm_area_struct *vma)

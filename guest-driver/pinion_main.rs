@@ -18,6 +18,7 @@ mod bindings;
 mod chardev;
 mod copy;
 mod debugfs;
+mod dmirror;
 mod eventfd;
 mod fence;
 mod fence_file;
@@ -58,6 +59,10 @@ module! {
             default: 128,
             description: "Most address spaces that a user may have on a device (CAP_SYS_RESOURCE: no limit)",
         },
+        dmirror: u32 {
+            default: 0,
+            description: "/dev/hmm_dmirrorN for the kernel's hmm-tests: 0 none, 1 exclusive by make_device_exclusive, 2 by pinning",
+        },
     },
 }
 
@@ -72,7 +77,7 @@ struct Pinion {
 impl kernel::InPlaceModule for Pinion {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            _queues: sync::ModuleQueues::new()?,
+            _queues: { dmirror::parameter()?; sync::ModuleQueues::new()? },
             _driver <- virtio::Registration::new(module),
         })
     }

@@ -23,7 +23,7 @@ use crate::{
     hmm::{
         memory::{Data, DeviceBlock, DeviceMemory, DevicePage, FaultedPage, Handler, Kind, Outcome, Place},
         migrate::{self, Source, Unmapped, What, MAX_PAGES},
-        page::PinnedPage,
+        page::{NewSystemPage, PinnedPage},
     },
     trace,
 };
@@ -44,6 +44,9 @@ const PATIENCE: u32 = 5000;
 const ROUNDS: usize = 3000;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
+/// Pinned pages that the CPU takes back one after the other, as they follow each other in memory, before it gets the rest of
+/// their 2 MiB at once.
+const MANY_IN_A_ROW: usize = 8;
 /// Blocks that are evicted at most to make room for one.
 const MOST_EVICTIONS: usize = 64;
 /// Bytes of a page.
@@ -78,6 +81,18 @@ pub(crate) struct Residency {
     /// While it is there. It owns the memory, which must not own it for ever.
     #[pin]
     gpu: SpinLock<Option<Arc<Gpu>>>,
+    /// What CPUs have taken back last.
+    #[pin]
+    streak: SpinLock<Streak>,
+}
+
+/// Pages that have come home because a CPU has touched one after the other, as they follow each other in memory.
+#[derive(Clone, Copy, Default)]
+struct Streak {
+    /// The page that comes next.
+    next: Mapped,
+    /// How many there have been.
+    pages: usize,
 }
 
 /// Why pages have not come home.
@@ -112,6 +127,8 @@ pub(crate) enum Which {
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
     Remains,
+    /// Those in the aperture of a lost device. They do not come home: the CPU gets SIGBUS where they are.
+    Abandoned,
 }
 
 impl Which {
@@ -121,13 +138,16 @@ impl Which {
             Self::Only(this) => this == kind,
             // What stands in for a pinned page is private.
             Self::Pins => kind == Kind::Private,
+            Self::Abandoned => kind == Kind::Coherent,
             Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
         }
     }
 
     fn has(self, index: usize, place: Place) -> bool {
         match (self, place) {
-            (Self::All | Self::Remains, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
+            (Self::Remains, _) => true,
+            (_, Place::Lost) | (Self::Abandoned, _) => false,
+            (Self::All, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
             (Self::Pins, Place::Pinned(_)) => true,
             (Self::Vram | Self::Only(_), Place::Pinned(_))
@@ -141,9 +161,22 @@ struct Traveller {
     index: usize,
     page: DevicePage,
     mapped: Mapped,
-    /// What is given back. None: the data is in VRAM, and is copied.
+    /// What is given back. None: the data is in VRAM, and is copied, or is lost.
     pinned: Option<PinnedPage>,
+    /// Nobody needs what is in VRAM.
+    discarded: bool,
+    lost: bool,
     home: bool,
+}
+
+/// What goes home as one folio.
+struct Piece {
+    index: usize,
+    new: NewSystemPage,
+    /// Where in VRAM it is.
+    offset: u64,
+    /// Somebody needs what is there.
+    needed: bool,
 }
 
 /// Pages on their way home.
@@ -153,6 +186,8 @@ struct Journey<'a> {
     transfers: Transfers,
     /// Whoever closes one of these contexts waits for us.
     leaving: KVec<(u32, Leaving<'a>)>,
+    /// Whether the next allocation is to fail: not known before the first.
+    failing: Option<bool>,
 }
 
 impl<'a> Journey<'a> {
@@ -168,6 +203,7 @@ impl<'a> Journey<'a> {
             travellers: KVVec::with_capacity(count, GFP_KERNEL)?,
             transfers: Transfers::with_capacity(copies).map_err(|_| Trouble::NoMemory)?,
             leaving: KVec::new(),
+            failing: None,
         })
     }
 
@@ -182,8 +218,9 @@ impl<'a> Journey<'a> {
         }
         self.travellers.reserve(1, GFP_KERNEL)?;
         let (data, mapped) = self.memory.take(page).ok_or(Trouble::Busy)?;
+        let (discarded, lost) = (matches!(data, Data::Discarded), matches!(data, Data::Lost));
         let pinned = match data {
-            Data::Device => None,
+            Data::Device | Data::Discarded | Data::Lost => None,
             Data::Pinned(pinned) => Some(pinned),
         };
         let traveller = Traveller {
@@ -191,10 +228,33 @@ impl<'a> Journey<'a> {
             page,
             mapped,
             pinned,
+            discarded,
+            lost,
             home: false,
         };
         self.travellers.push(traveller, GFP_KERNEL)?;
         Ok(())
+    }
+
+    /// Allocates memory of the system for `page`, unless the address space that has it was told to let that fail.
+    fn allocate(
+        &mut self,
+        unmapped: &Unmapped<'_>,
+        page: DevicePage,
+        index: usize,
+        order: u32,
+    ) -> Option<NewSystemPage> {
+        let memory = self.memory;
+        let fails = self.failing.get_or_insert_with(|| {
+            let space = memory
+                .get(page)
+                .and_then(|(_, mapped)| memory.handler().contexts.get(mapped.context));
+            space.is_some_and(|space| space.take_failure())
+        });
+        if core::mem::take(fails) {
+            return None;
+        }
+        unmapped.allocate(index, order)
     }
 
     /// Takes a folio in VRAM out of the table, and finds room for it at home.
@@ -208,15 +268,16 @@ impl<'a> Journey<'a> {
         let memory = self.memory;
         let large = match source.order {
             0 => None,
-            order => unmapped.allocate(source.index, order),
+            order => self.allocate(unmapped, page, source.index, order),
         };
         let order = if large.is_some() { source.order } else { 0 };
         let mut large = large;
+        let mut piece: Option<Piece> = None;
         let pages = memory.following(page, 1 << source.order);
         for (index, page) in (source.index..).zip(pages) {
             let first_of_piece = order == 0 || index == source.index;
-            let new = if first_of_piece {
-                let new = large.take().or_else(|| unmapped.allocate(index, 0));
+            if first_of_piece {
+                let new = large.take().or_else(|| self.allocate(unmapped, page, index, 0));
                 // The kernel splits a folio of which the first page has somewhere to go; the others can stay.
                 let Some(new) = new else {
                     if index == source.index {
@@ -224,28 +285,52 @@ impl<'a> Journey<'a> {
                     }
                     continue;
                 };
-                Some(new)
-            } else {
-                None
-            };
-            self.take(index, page)?;
-            if let Some(mut new) = new {
+                self.end_piece(unmapped, piece.take())?;
                 let offset = memory.offset(page).ok_or(Trouble::Busy)?;
-                if zeros {
-                    new.clear();
-                } else {
-                    let length = (PAGE_SIZE << order) as u64;
-                    self.transfers
-                        .copy(
-                            Location::vram(offset),
-                            Location::system(new.pfn().address()),
-                            length,
-                        )
-                        .map_err(|_| Trouble::NoMemory)?;
-                }
-                unmapped.send_home(index, new);
+                piece = Some(Piece {
+                    index,
+                    new,
+                    offset,
+                    needed: false,
+                });
+            }
+            self.take(index, page)?;
+            // Known from here on: whoever maps the page now does not find it in the table.
+            let discarded = self.travellers.last().is_some_and(|last| last.discarded);
+            if let Some(piece) = &mut piece {
+                piece.needed |= !zeros && !discarded;
             }
         }
+        self.end_piece(unmapped, piece)
+    }
+
+    /// Sends a piece home, with its data if that is needed.
+    fn end_piece(&mut self, unmapped: &mut Unmapped<'_>, piece: Option<Piece>) -> Result<(), Trouble> {
+        let Some(mut piece) = piece else { return Ok(()) };
+        if piece.needed {
+            let to = Location::system(piece.new.pfn().address());
+            let length = (PAGE_SIZE << piece.new.order()) as u64;
+            self.transfers
+                .copy(Location::vram(piece.offset), to, length)
+                .map_err(|_| Trouble::NoMemory)?;
+        } else {
+            piece.new.clear();
+        }
+        unmapped.send_home(piece.index, piece.new);
+        Ok(())
+    }
+
+    /// Takes a page of which the data is lost out of the table, and sends zeros home.
+    fn take_lost(
+        &mut self,
+        unmapped: &mut Unmapped<'_>,
+        index: usize,
+        page: DevicePage,
+    ) -> Result<(), Trouble> {
+        let mut new = unmapped.allocate(index, 0).ok_or(Trouble::NoMemory)?;
+        self.take(index, page)?;
+        new.clear();
+        unmapped.send_home(index, new);
         Ok(())
     }
 
@@ -312,7 +397,12 @@ impl<'a> Journey<'a> {
     /// Puts those back into the table that stay where they were.
     fn put_back(&mut self) {
         for traveller in self.travellers.iter_mut().filter(|traveller| !traveller.home) {
-            let data = traveller.pinned.take().map_or(Data::Device, Data::Pinned);
+            let data = match traveller.pinned.take() {
+                Some(pinned) => Data::Pinned(pinned),
+                None if traveller.lost => Data::Lost,
+                None if traveller.discarded => Data::Discarded,
+                None => Data::Device,
+            };
             self.memory.set(traveller.page, data, traveller.mapped);
         }
     }
@@ -324,7 +414,28 @@ impl Residency {
         pin_init!(Self {
             contexts,
             gpu <- new_spinlock!(None, "Residency::gpu"),
+            streak <- new_spinlock!(Streak::default(), "Residency::streak"),
         })
+    }
+
+    /// How many pages a CPU has taken back in a row that ends where it touches `mapped` now.
+    fn in_a_row(&self, mapped: Mapped) -> usize {
+        let streak = *self.streak.lock();
+        if streak.next == mapped {
+            streak.pages
+        } else {
+            0
+        }
+    }
+
+    /// Takes note that it gets what there is of the `around` pages about `mapped`, after so many in a row.
+    fn continue_row(&self, mapped: Mapped, around: usize, row: usize) {
+        let size = around * PAGE_SIZE;
+        let end = (mapped.va & !(size - 1)) + size;
+        *self.streak.lock() = Streak {
+            next: Mapped { va: end, ..mapped },
+            pages: row + (end - mapped.va) / PAGE_SIZE,
+        };
     }
 
     /// Says which device it is, or that there is none any more.
@@ -362,6 +473,7 @@ impl Residency {
                 Some((place, _)) if which.has(index, place) => match place {
                     Place::Pinned(_) => journey.take(index, page),
                     Place::Device(_) => journey.take_vram(&mut unmapped, source, page, zeros),
+                    Place::Lost => journey.take_lost(&mut unmapped, index, page),
                 },
                 _ => continue,
             };
@@ -437,6 +549,7 @@ impl Residency {
                     continue;
                 };
                 match migrate::setup_home(&mmap, start..end, kind, owner) {
+                    Ok(unmapped) if which == Which::Abandoned => count += Self::lose(memory, unmapped),
                     Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
                         Ok(home) => count += home,
                         Err(Trouble::Busy) => {}
@@ -476,8 +589,8 @@ impl Residency {
         Ok(runs)
     }
 
-    /// Sends the pages of `block` home, as far as their processes can reach them. Returns how many have gone.
-    fn evict(gpu: &Gpu, block: DeviceBlock) -> usize {
+    /// Sends those pages of `block` home, as far as their processes can reach them. Returns how many have gone.
+    fn evict(gpu: &Gpu, block: DeviceBlock, which: Which) -> usize {
         let memory = gpu.memory();
         let Ok(runs) = Self::runs(memory, memory.pages_of(block)) else {
             return 0;
@@ -487,8 +600,11 @@ impl Residency {
             let Some(space) = gpu.contexts().get(mapped.context) else {
                 continue;
             };
-            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, Which::Vram, false);
+            let gone = space.home(mapped.va..mapped.va + pages * PAGE_SIZE, which, false);
             let gone = gone.unwrap_or(0);
+            if which == Which::Abandoned {
+                continue;
+            }
             space.statistics().evictions.add(gone as i64, Relaxed);
             trace::evict(gpu.number(), mapped.context, mapped.va as u64, gone as u64);
             count += gone;
@@ -509,7 +625,7 @@ impl Residency {
             let Some(block) = memory.coldest(kind) else {
                 return false;
             };
-            Self::evict(gpu, block);
+            Self::evict(gpu, block, Which::Vram);
         }
         memory.has_room(kind, pages)
     }
@@ -547,11 +663,17 @@ impl Residency {
 
     /// Brings home what is in VRAM, while the device can still copy it. Nothing gets there any more.
     pub(crate) fn evacuate(gpu: &Gpu) {
+        gpu.memory().close_device();
+        let _ = Self::vacate(gpu, ROUNDS);
+    }
+
+    /// Brings home what is in VRAM, whoever has it there, in `rounds` at most. Says whether it is all home, which it need not stay.
+    /// Takes locks of processes: none of any process may be held.
+    pub(crate) fn vacate(gpu: &Gpu, rounds: usize) -> bool {
         let memory = gpu.memory();
-        memory.close_device();
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             for block in memory.blocks_in_use() {
-                Self::evict(gpu, block);
+                Self::evict(gpu, block, Which::Vram);
                 if memory.used_in(block) == 0 || gpu.is_lost() {
                     continue;
                 }
@@ -560,11 +682,76 @@ impl Residency {
                     let _ = Self::bring_home(memory, unmapped, Which::Vram);
                 }
             }
-            if memory.used() == 0 || gpu.is_lost() {
+            if memory.used() == 0 {
+                return true;
+            }
+            if gpu.is_lost() {
+                return false;
+            }
+            fsleep(PAUSE);
+        }
+        false
+    }
+
+    /// Has what is unmapped represented by pages on which the CPU faults, and finds nothing. Returns how many.
+    fn lose(memory: &DeviceMemory<Self>, mut unmapped: Unmapped<'_>) -> usize {
+        let Ok(mut journey) = Journey::new(memory, unmapped.len(), Which::Pinned(0)) else {
+            return 0;
+        };
+        for index in 0..unmapped.len() {
+            let What::Device(page) = unmapped.get(index).map_or(What::Hole, |source| source.what) else {
+                continue;
+            };
+            let Ok(stand_in) = memory.allocate_for_lost() else {
+                break;
+            };
+            if journey.take(index, page).is_ok() {
+                unmapped.send_away(index, stand_in);
+            }
+        }
+        let mut count = 0;
+        let moved = unmapped.advance(|index, outcome| {
+            if let (migrate::Outcome::Away(page, _), [traveller]) = (outcome, journey.find(index..index + 1))
+            {
+                memory.set(page, Data::Lost, traveller.mapped);
+                traveller.home = true;
+                count += 1;
+            }
+        });
+        journey.put_back();
+        moved.finish();
+        count
+    }
+
+    /// The device is lost and has been reset, so that there is no telling what the CPU sees in the aperture: takes away what
+    /// processes have there. Whoever touches it gets SIGBUS.
+    pub(crate) fn abandon(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for _ in 0..ROUNDS {
+            for block in memory.blocks_in_use() {
+                if memory.kind_of(block) != Kind::Coherent {
+                    continue;
+                }
+                Self::evict(gpu, block, Which::Abandoned);
+                if memory.used_in(block) > 0 {
+                    // What its process cannot reach, as in `evacuate`.
+                    if let Ok(unmapped) = migrate::setup_device_pages(memory.pages_of(block)) {
+                        Self::lose(memory, unmapped);
+                    }
+                }
+            }
+            if memory.usage(Kind::Coherent).used == 0 {
                 return;
             }
             fsleep(PAUSE);
         }
+        let left = memory.usage(Kind::Coherent).used;
+        dev_err!(
+            gpu.device(),
+            "{} lost pages are in use by others and stay mapped\n",
+            left
+        );
     }
 
     /// Brings home every page. The device does not access memory any more, and nothing is being pinned.
@@ -623,15 +810,28 @@ impl Handler for Residency {
     type PageData = Mapped;
 
     fn migrate_to_ram(memory: &DeviceMemory<Self>, fault: &FaultedPage<'_>) -> Outcome {
-        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces.
-        let (around, which) = match memory.get(fault.page()) {
+        let handler = memory.handler();
+        let found = memory.get(fault.page());
+        let row = found.map_or(0, |(_, mapped)| handler.in_a_row(mapped));
+        // What is pinned next to it the GPU may still be busy with; what is in VRAM comes in pieces. But a CPU that goes
+        // through memory does not get each piece by a fault and a round trip of its own.
+        let (around, which) = match found {
+            Some((Place::Device(_), _)) if row >= AROUND => (MAX_PAGES, Which::Vram),
             Some((Place::Device(_), _)) => (AROUND, Which::Vram),
+            Some((Place::Lost, _)) => return Outcome::Lost,
+            _ if row >= MANY_IN_A_ROW => (MAX_PAGES, Which::All),
             _ => (1, Which::Pinned(0)),
         };
         match migrate::setup_fault(fault, around) {
             Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
+                Ok(_) => {
+                    if let Some((_, mapped)) = found {
+                        handler.continue_row(mapped, around, row);
+                    }
+                    Outcome::Done
+                }
                 // A page that could not be brought home is where it was; the CPU tries again.
-                Ok(_) | Err(Trouble::Busy) => Outcome::Done,
+                Err(Trouble::Busy) => Outcome::Done,
                 Err(Trouble::NoMemory) => Outcome::OutOfMemory,
                 Err(Trouble::Lost) => Outcome::Lost,
             },

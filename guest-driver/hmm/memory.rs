@@ -135,6 +135,15 @@ impl NewDevicePage {
         self.order
     }
 
+    /// What the CPU sees in the first eight bytes, if it is coherent memory.
+    pub(crate) fn peek(&self) -> Option<u64> {
+        self.name().is_coherent().then(|| {
+            // SAFETY: The kernel has mapped coherent memory, and nobody else uses this page. Whatever answers there, it
+            // is read as a number.
+            unsafe { c::pinion_page_peek(self.first.page()) }
+        })
+    }
+
     /// Gives up ownership of the reference and the lock.
     pub(super) fn into_raw(self) -> Pfn {
         ManuallyDrop::new(self).first
@@ -190,21 +199,28 @@ pub(crate) enum Place {
     Device(u64),
     /// In this system page, which stays where it is.
     Pinned(Pfn),
+    /// Nowhere: the device has taken it with it.
+    Lost,
 }
 
 /// What takes the place of a page: an argument of [`DeviceMemory::set`].
 pub(crate) enum Data {
     /// Its data is in the device's memory.
     Device,
+    /// As above, and nobody needs it ([`DeviceMemory::discard`]).
+    Discarded,
     /// The page itself.
     Pinned(PinnedPage),
+    /// Nothing: the data is lost.
+    Lost,
 }
 
 impl Data {
     fn place(&self, index: usize) -> Place {
         match self {
-            Self::Device => Place::Device((index << PAGE_SHIFT) as u64),
+            Self::Device | Self::Discarded => Place::Device((index << PAGE_SHIFT) as u64),
             Self::Pinned(page) => Place::Pinned(page.pfn()),
+            Self::Lost => Place::Lost,
         }
     }
 }
@@ -227,6 +243,8 @@ struct Table<T> {
     hand: usize,
     /// No page of the device's memory is to be allocated any more.
     closed: bool,
+    /// The coherent pages are not there, for all that was said.
+    withdrawn: bool,
 }
 
 impl<T> Table<T> {
@@ -334,6 +352,7 @@ impl<H: Handler> DeviceMemory<H> {
         let coherent = Blocks::new(coherent)?;
         let private = Blocks::new(device - coherent.pages())?;
         let device = coherent.pages() + private.pages();
+        let stand_ins = stand_ins + coherent.pages();
         let size = ((private.pages() + stand_ins) << PAGE_SHIFT).next_multiple_of(SECTION);
         let count = coherent.pages() + (size >> PAGE_SHIFT);
         let stand_ins = Blocks::new(count - device)?;
@@ -352,6 +371,7 @@ impl<H: Handler> DeviceMemory<H> {
             stand_ins,
             hand: 0,
             closed: false,
+            withdrawn: false,
         };
         // INVARIANT: As many as `count` says.
         Arc::pin_init(
@@ -426,7 +446,7 @@ impl<H: Handler> DeviceMemory<H> {
         }
     }
 
-    /// Takes a free stand-in, unless `limit` of them are in use.
+    /// Takes a free stand-in for a page that is to be pinned, unless `limit` of them are in use.
     ///
     /// # Errors
     ///
@@ -434,12 +454,21 @@ impl<H: Handler> DeviceMemory<H> {
     pub(crate) fn allocate_stand_in(&self, limit: usize) -> Result<NewDevicePage> {
         let index = {
             let mut table = self.table.lock();
-            if table.stand_ins.used() < limit {
-                table.stand_ins.allocate_page()
-            } else {
-                None
-            }
+            // The rest is set aside, see below.
+            let free = table.stand_ins.pages() - table.stand_ins.used();
+            let free = free > table.coherent.pages() && table.stand_ins.used() < limit;
+            free.then(|| table.stand_ins.allocate_page()).flatten()
         };
+        self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
+    }
+
+    /// Takes a free stand-in for a coherent page of which the data is lost. There is one for each.
+    ///
+    /// # Errors
+    ///
+    /// ENOSPC.
+    pub(crate) fn allocate_for_lost(&self) -> Result<NewDevicePage> {
+        let index = self.table.lock().stand_ins.allocate_page();
         self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
     }
 
@@ -452,7 +481,7 @@ impl<H: Handler> DeviceMemory<H> {
         let index = {
             let mut table = self.table.lock();
             let before = table.before(kind);
-            let closed = table.closed;
+            let closed = table.closed || (kind == Kind::Coherent && table.withdrawn);
             let blocks = table.device(kind);
             let index = match order {
                 _ if closed => None,
@@ -492,13 +521,19 @@ impl<H: Handler> DeviceMemory<H> {
         self.table.lock().closed = true;
     }
 
+    /// The CPU does not see the device's memory where it should: no coherent page can be allocated, and there are none.
+    pub(crate) fn withdraw_coherent(&self) {
+        self.table.lock().withdrawn = true;
+    }
+
     /// How much of the device's memory of that kind is in use.
     pub(crate) fn usage(&self, kind: Kind) -> Usage {
         let mut table = self.table.lock();
+        let there = kind == Kind::Private || !table.withdrawn;
         let blocks = table.device(kind);
         Usage {
             used: blocks.used(),
-            total: blocks.pages(),
+            total: if there { blocks.pages() } else { 0 },
         }
     }
 
@@ -528,6 +563,15 @@ impl<H: Handler> DeviceMemory<H> {
         let block = blocks.coldest()?;
         blocks.touch(block * BLOCK_PAGES);
         Some(DeviceBlock(before / BLOCK_PAGES + block))
+    }
+
+    /// The kind of the pages of `block`.
+    pub(crate) fn kind_of(&self, block: DeviceBlock) -> Kind {
+        if block.0 * BLOCK_PAGES < self.coherent_pages() {
+            Kind::Coherent
+        } else {
+            Kind::Private
+        }
     }
 
     /// The blocks of the device's memory that have pages in use.
@@ -562,7 +606,8 @@ impl<H: Handler> DeviceMemory<H> {
         let device = self.device;
         let mut table = self.table.lock();
         let entry = index.and_then(|index| table.entries.get_mut(index));
-        let fits = matches!(data, Data::Device) == index.is_some_and(|index| index < device);
+        let of_device = matches!(data, Data::Device | Data::Discarded);
+        let fits = of_device == index.is_some_and(|index| index < device);
         match entry {
             Some(entry) if fits && entry.data.is_none() => {
                 entry.note = note;
@@ -604,10 +649,28 @@ impl<H: Handler> DeviceMemory<H> {
         let same = entry.data.as_ref().is_some_and(|data| data.place(index) == place) && check(&entry.note);
         if same {
             entry.note = note;
+            if let Some(data @ Data::Discarded) = &mut entry.data {
+                *data = Data::Device;
+            }
             let (blocks, index) = table.allocator(index);
             blocks.touch(index);
         }
         same
+    }
+
+    /// Notes that nobody needs the data of `page`, if it is in the device's memory and its note is right in the eyes of
+    /// `check`. That holds until [`Self::update`], after which the device may write there.
+    ///
+    /// The caller knows that the device does not access the page.
+    pub(crate) fn discard(&self, page: DevicePage, check: impl FnOnce(&H::PageData) -> bool) {
+        let Some(index) = self.index(page) else { return };
+        let mut table = self.table.lock();
+        let entry = &mut table.entries[index];
+        if check(&entry.note) {
+            if let Some(data @ Data::Device) = &mut entry.data {
+                *data = Data::Discarded;
+            }
+        }
     }
 
     /// Takes the data of `page`, in order to bring it home, and the driver's note.

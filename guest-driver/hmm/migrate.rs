@@ -290,8 +290,9 @@ pub(crate) fn setup_range<'a>(
         .filter(|vma| vma.start() <= range.start)
         .ok_or(EFAULT)?;
     let range = range.start..range.end.min(vma.end());
+    // A private mapping of a file has pages of anonymous memory where the process has written.
     // SAFETY: The area is valid while mmap_lock is held.
-    if purpose == Purpose::Move && !unsafe { c::pinion_vma_is_anonymous(vma.as_ptr()) } {
+    if purpose == Purpose::Move && unsafe { c::pinion_vma_is_shared(vma.as_ptr()) } {
         return Err(EINVAL);
     }
     let system = c::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM;
@@ -459,7 +460,7 @@ impl<'a> Unmapped<'a> {
                 // The kernel would go on comparing such a page with others, for which it has to read it.
                 // SAFETY: As above.
                 let compared = unsafe { c::pinion_page_is_ksm(pfn.page()) };
-                (pinnable && !compared).then_some(source)
+                (pinnable && !compared && is_anonymous(pfn)).then_some(source)
             }
             _ => Some(source),
         }

@@ -225,6 +225,11 @@ impl<M: Mirror> IntervalNotifier<M> {
         }
     }
 
+    /// Locks the mirror in order to look at it, and no more.
+    pub(crate) fn look(&self) -> impl core::ops::Deref<Target = M> + '_ {
+        Guard(self.state.lock())
+    }
+
     /// Locks the mirror in order to take something out of it. Whoever has begun to read and not committed
     /// yet will find that stale.
     pub(crate) fn revoke(&self) -> Guard<'_, M> {

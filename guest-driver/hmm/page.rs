@@ -41,6 +41,12 @@ impl Pfn {
         self.0
     }
 
+    /// Whether it is the page of zeros that the CPU's page table leads to where a process has read and never written.
+    pub(crate) fn is_zero(self) -> bool {
+        // SAFETY: No preconditions.
+        unsafe { c::pinion_pfn_is_zero(self.0) }
+    }
+
     /// Notes that a device may write to the page, which no page table will tell. Whoever cleans the page has
     /// to revoke the device's access first.
     ///

@@ -91,6 +91,19 @@ impl Pages {
         }
     }
 
+    /// Whether that page cannot be had at all: nothing is mapped there, or the process may not read it, or it is
+    /// nothing that a device can use.
+    pub(crate) fn is_error(&self, index: usize) -> bool {
+        self.0.get(index).is_none_or(|entry| entry & ERROR != 0)
+    }
+
+    /// Base-2 logarithm of the number of pages that are mapped as one, of which that page is one.
+    pub(crate) fn order(&self, index: usize) -> usize {
+        self.0
+            .get(index)
+            .map_or(0, |entry| entry >> ORDER_SHIFT & ORDER_MASK)
+    }
+
     /// Whether that page is part of a naturally aligned piece of memory of 512 pages or more that is mapped as one.
     pub(crate) fn is_huge(&self, index: usize) -> bool {
         let entry = self.0.get(index).copied().unwrap_or(0);

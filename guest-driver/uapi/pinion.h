@@ -265,7 +265,8 @@ struct pinion_advise {
 #define PINION_LOCATION_APERTURE	3
 
 /*
- * Brings the pages of a range to a place ahead of their use; in VRAM they are mapped for the GPU as well. What cannot be brought
+ * Brings the pages of a range to a place ahead of their use, and maps them for the GPU: in VRAM to do anything there, in system
+ * memory to read, and to write what is anonymous memory that the process may write to. What cannot be brought
  * there stays where it is; that is not an error. EOPNOTSUPP: there is no such place.
  */
 struct pinion_prefetch {
@@ -278,8 +279,11 @@ struct pinion_prefetch {
 };
 
 /*
- * What is in the range is not needed any more: pages that are in VRAM need not be copied when they leave it. Until it is
- * written again, each page of the range reads as what it was or as zeroes.
+ * What is in the range is not needed any more: pages in VRAM leave it without being copied, until the GPU accesses them again. The
+ * memory stays the process's. Until it is written again, each byte of the range reads as what it was or as zero, and may change
+ * from the one to the other; never as what another process has written. What is written afterwards is kept, by whomever and
+ * wherever. Pages that the CPU can access keep what they have, and so do those that the process may not write to, or shares with
+ * a child.
  */
 struct pinion_discard {
 	__u32 size;

@@ -11,5 +11,7 @@ source "$LIB/sysroot.sh"
 source "$LIB/kernel.sh"
 # shellcheck source=images/lib/guest.sh
 source "$LIB/guest.sh"
+# shellcheck source=images/lib/selftests.sh
+source "$LIB/selftests.sh"
 # shellcheck source=images/lib/qemu.sh
 source "$LIB/qemu.sh"

@@ -102,7 +102,8 @@ init_cache() {
     # When root fills a user's cache, everything in it is to be the user's.
     if [[ $(id -u) == 0 ]]; then
         [[ -z $new || -z ${SUDO_UID:-} ]] || chown "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$CACHE"
-        [[ $(stat -c %u "$CACHE") == 0 ]] || on_exit 'find "$CACHE" -maxdepth 2 -user root -exec chown -h --reference="$CACHE" {} +'
+        [[ $(stat -c %u "$CACHE") == 0 ]] || on_exit 'find "$CACHE" -maxdepth 2 -user root -exec chown -h --reference="$CACHE" {} +
+            [[ ! -e $CACHE/ccache ]] || chown -hR --reference="$CACHE" "$CACHE/ccache"'
     fi
     CACHE_READY=yes
 }
@@ -149,7 +150,7 @@ build_entry() {
     (set -e; false; true) &
     if wait $!; then die "internal error: cache_entry was called where set -e is off"; fi
     need_space "$mib"
-    case $kind in kernel-* | module) namespace_flags ;; esac # these work inside the toolchain's tree
+    case $kind in kernel-* | module | selftests) namespace_flags ;; esac # these work inside the toolchain's tree
     mkdir -p "$CACHE/$kind"
     # We hold the lock of this key, so what lies here was left by a run that was killed.
     remove_tree "$CACHE/$kind/.new-$key."*

@@ -7,6 +7,8 @@
 # An entry kernel-NAME/KEY holds: bzImage, config, release, linux/ (the source) and build/ (what modules are built against).
 
 readonly KERNEL_DIR=$REPO/images/kernel
+# How large the compiler's cache may become; a kernel takes about a tenth of it.
+readonly CCACHE_SIZE=1Gi
 
 kernel_names() {
     local conf
@@ -89,12 +91,33 @@ kernel_inputs() {
     for fragment in $KERNEL_FRAGMENTS; do
         cat "$KERNEL_DIR/config/$fragment.config"
     done
-    [[ $KERNEL_PATCHES == no ]] || patches | xargs --no-run-if-empty -d '\n' cat
+    [[ $KERNEL_PATCHES == no ]] || kernel_patches | patch_changes
     [[ -z $KERNEL_MAKE ]] || echo "$KERNEL_MAKE"
     declare -f make_kernel configure_kernel
 }
 
 patches() { find "$KERNEL_DIR/patches" -name '*.patch' 2>/dev/null | LC_ALL=C sort; }
+
+# kernel_patches: those of the patches from which a kernel comes out another. The rest is documentation and tests.
+kernel_patches() {
+    local patch
+    patches | while read -r patch; do
+        ! sed -n -E 's#^(---|\+\+\+) [ab]/##p' "$patch" | grep -q -v -E '^(Documentation|tools/testing)/' || echo "$patch"
+    done
+}
+
+# patch_changes: what the patches named on standard input change, without what they say about it.
+patch_changes() { xargs --no-run-if-empty -d '\n' sed -s -n '/^diff --git/,$ { /^index /!p }'; }
+
+# apply_patches DIR: applies the patches named on standard input to the source in DIR.
+apply_patches() {
+    local dir=$1 patch
+    while read -r patch; do
+        echo "== $patch"
+        in_toolchain -b "$dir:/pinion/linux" -r "$KERNEL_DIR:/pinion/repo" \
+            patch -d /pinion/linux -p1 --no-backup-if-mismatch -i "/pinion/repo/patches/${patch##*/}" </dev/null
+    done
+}
 
 ensure_built_kernel() {
     local name=$1 key
@@ -105,17 +128,11 @@ ensure_built_kernel() {
 }
 
 make_kernel() {
-    local source=$1 new=$2 patch
+    local source=$1 new=$2
     # Hard links: patch(1) writes a new file and renames it, so the files that it changes are not shared any more.
     cp -al "$source" "$new/linux"
     mkdir "$new/build"
-    if [[ $KERNEL_PATCHES == yes ]]; then
-        for patch in $(patches); do
-            echo "== $patch"
-            in_toolchain -b "$new/linux:/pinion/linux" -r "$KERNEL_DIR:/pinion/repo" \
-                patch -d /pinion/linux -p1 --no-backup-if-mismatch -i "/pinion/repo/patches/${patch##*/}"
-        done
-    fi
+    [[ $KERNEL_PATCHES == no ]] || kernel_patches | apply_patches "$new/linux"
     build_kernel_in "$new/linux" "$new/build" tinyconfig
     collect_kernel "$new"
 }
@@ -127,11 +144,17 @@ build_kernel_in() {
     kernel_make "$source" "$build" -j"$(nproc)" bzImage modules
 }
 
+# kernel_make SOURCE BUILD ARG…: runs make for the kernel. All kernels share a cache of compiled C files, so that a change of
+# a few files costs the compilation of these and not of the whole kernel. It is the cache's own; losing it only costs time.
 kernel_make() {
     local source=$1 build=$2 args=()
     shift 2
     read -r -a args <<<"$KERNEL_MAKE"
-    in_toolchain -r "$source:/pinion/linux" -b "$build:/pinion/build" make -C /pinion/linux O=/pinion/build "${args[@]}" "$@"
+    mkdir -p "$CACHE/ccache"
+    # The toolchain's key says what the compiler is, all of its parts included.
+    in_toolchain -r "$source:/pinion/linux" -b "$build:/pinion/build" -b "$CACHE/ccache:/pinion/ccache" \
+        PATH=/usr/lib/ccache:/usr/sbin:/usr/bin CCACHE_DIR=/pinion/ccache CCACHE_MAXSIZE="$CCACHE_SIZE" \
+        CCACHE_COMPILERCHECK="string:$(basename "$TOOLCHAIN")" make -C /pinion/linux O=/pinion/build "${args[@]}" "$@"
 }
 
 # configure_kernel SOURCE BUILD BASE: the base configuration plus the fragments; fails when an option came out differently.

@@ -13,7 +13,7 @@ readonly SUITE_NEW=trixie-backports
 
 # What `toolchain` holds: all that builds a kernel with Rust and our module, as Debian's own kernel is built.
 readonly ESSENTIAL_PACKAGES="base-files bash bzip2 coreutils dash diffutils findutils grep gzip libc-bin mawk perl-base sed tar util-linux"
-readonly TOOLCHAIN_PACKAGES="$ESSENTIAL_PACKAGES gcc make flex bison bc perl python3-minimal
+readonly TOOLCHAIN_PACKAGES="$ESSENTIAL_PACKAGES gcc ccache make flex bison bc perl python3-minimal
     libelf-dev/$SUITE_NEW libelf1t64/$SUITE_NEW libdw1t64/$SUITE_NEW libssl-dev openssl pahole rustc rust-src bindgen rustfmt rust-clippy
     clang-19 lld-19 llvm-19 kmod cpio xz-utils zstd busybox-static linux-libc-dev libc6-dev patch rsync"
 

@@ -12,7 +12,7 @@ ensure_toolchain() {
 }
 
 make_toolchain() {
-    local uris=$1 new=$2
+    local uris=$1 new=$2 compiler
     unpack_packages "$uris" "$new"
     # What maintainer scripts would have done, as far as anything here needs it.
     ln -s mawk "$new/usr/bin/awk"
@@ -20,10 +20,16 @@ make_toolchain() {
     echo 'root:x:0:0:root:/root:/bin/sh' >"$new/etc/passwd"
     echo 'root:x:0:' >"$new/etc/group"
     echo pinion >"$new/etc/hostname"
+    # ccache is called by the names of the compilers that it stands in for; see kernel_make.
+    mkdir -p "$new/usr/lib/ccache"
+    for compiler in gcc clang-19; do
+        ln -sf ../../bin/ccache "$new/usr/lib/ccache/$compiler"
+    done
     # Where in_toolchain puts things.
-    mkdir -p "$new"/{dev,proc,tmp,pinion/{repo,linux,build,out}}
+    mkdir -p "$new"/{dev,proc,tmp,pinion/{repo,linux,build,out,ccache}}
     test -x "$new/usr/bin/rustc"
     test -x "$new/usr/bin/busybox"
+    test -x "$new/usr/lib/ccache/clang-19"
 }
 
 # namespace_flags: how this user gets a mount namespace. Sets NAMESPACE; explains when there is no way.

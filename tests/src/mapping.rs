@@ -3,6 +3,7 @@
 //! Memory for a GPU and CPU threads to work on.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU64;
 
@@ -44,6 +45,26 @@ impl Mapping {
     ///
     /// What the system says.
     pub fn new(address: Option<usize>, pages: usize, protection: i32, flags: i32) -> io::Result<Self> {
+        Self::map(address, pages, protection, flags, -1)
+    }
+
+    /// The first pages of a file, to be read and written, shared or private (`MAP_*`).
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn of_file(file: impl AsFd, pages: usize, flags: i32) -> io::Result<Self> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        Self::map(None, pages, protection, flags, file.as_fd().as_raw_fd())
+    }
+
+    fn map(
+        address: Option<usize>,
+        pages: usize,
+        protection: i32,
+        flags: i32,
+        file: RawFd,
+    ) -> io::Result<Self> {
         let fixed = if address.is_some() {
             libc::MAP_FIXED_NOREPLACE
         } else {
@@ -52,7 +73,7 @@ impl Mapping {
         let address = ptr::without_provenance_mut(address.unwrap_or(0));
         let length = pages * PAGE_SIZE;
         // SAFETY: It replaces nothing.
-        let start = unsafe { libc::mmap(address, length, protection, flags | fixed, -1, 0) };
+        let start = unsafe { libc::mmap(address, length, protection, flags | fixed, file, 0) };
         match NonNull::new(start.cast::<u8>()) {
             Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { start, length }),
             _ => Err(io::Error::last_os_error()),

@@ -178,8 +178,12 @@ fn results(ktap: &str) -> (usize, Vec<String>, Vec<String>) {
     (count, skipped, failures)
 }
 
-/// On a kernel without MIGRATE_PFN_PIN, whether this can be tried depends on what the other processor is doing.
-const UNCERTAIN: &str = " pinned_while_lazily_freed ";
+/// What Debian's kernel may skip. Without MIGRATE_PFN_PIN, whether the first can be tried depends on what the other processor is doing;
+/// the second takes zram, which is a module there that the guest does not have.
+const MAY_BE_SKIPPED: [&str; 2] = [
+    " pinned_while_lazily_freed ",
+    " kinds_memory_that_was_swapped_out ",
+];
 
 /// Has guest tests run in one guest, all or those of some names. None may be left out: what a kernel cannot do is for the
 /// tests to know.
@@ -188,7 +192,7 @@ fn run_guest_tests(guest: Guest, names: &[&str]) {
     let output = ended.stdout();
     let (count, mut skipped, failures) = results(&output);
     if guest.kernel == "debian" {
-        skipped.retain(|line| !line.contains(UNCERTAIN));
+        skipped.retain(|line| !MAY_BE_SKIPPED.iter().any(|name| line.contains(name)));
     }
     assert!(
         failures.is_empty(),
@@ -217,6 +221,22 @@ fn guest_tests_in_small_vram(guest: Guest) {
         ..guest
     };
     run_guest_tests(guest, &["small_vram"]);
+}
+
+/// Those that are about VRAM which the CPU sees in part.
+fn guest_tests_with_aperture(guest: Guest) {
+    let guest = Guest {
+        options: &[
+            "--memory",
+            "2G",
+            "--device-option",
+            "--vram=32M",
+            "--device-option",
+            "--aperture=8M",
+        ],
+        ..guest
+    };
+    run_guest_tests(guest, &["aperture"]);
 }
 
 /// Those that are about two GPUs.
@@ -355,14 +375,61 @@ fn examples(guest: Guest) {
     }
 }
 
-/// A device that is gone leaves nobody stuck, and takes no data with it.
+/// A device that is gone leaves nobody stuck, and takes no data of the system's memory with it.
 fn device_loss(guest: Guest) {
-    let mut killed = 0;
     let guest = Guest {
         options: &["--device-may-end"],
         ..guest
     };
-    let ended = guest.run_and(&["device-loss"], |run| {
+    lose_device(guest, "pinned");
+}
+
+/// What was in VRAM is lost, and nothing else is.
+fn device_loss_in_vram(guest: Guest) {
+    let private = Guest {
+        options: &["--device-may-end", "--driver-option", "timeout_ms=2000"],
+        ..guest
+    };
+    let both = Guest {
+        options: &[
+            "--device-may-end",
+            "--driver-option",
+            "timeout_ms=2000",
+            "--device-option",
+            "--vram=32M",
+            "--device-option",
+            "--aperture=8M",
+        ],
+        ..guest
+    };
+    for guest in [private, both] {
+        for what in ["vram", "unbound", "moving", "moving"] {
+            lose_device(guest, what);
+        }
+    }
+}
+
+/// The device dies while it makes room in VRAM.
+fn device_loss_during_eviction(guest: Guest) {
+    let guest = Guest {
+        options: &[
+            "--device-may-end",
+            "--driver-option",
+            "timeout_ms=2000",
+            "--device-option",
+            "--vram=8M",
+        ],
+        ..guest
+    };
+    for _ in 0..2 {
+        lose_device(guest, "evicting");
+    }
+}
+
+/// Has the guest program go through the loss of its device.
+fn lose_device(guest: Guest, what: &str) {
+    let mut killed = 0;
+    let ended = guest.run_and(&["device-loss", what], |run| {
         for device in devices_of(run) {
             // SAFETY: It is a child of our child, which has not waited for it yet, so that the number is its own.
             killed += i32::from(unsafe { libc::kill(device, libc::SIGKILL) } == 0);
@@ -390,7 +457,6 @@ fn measurements(guest: Guest) {
             _ => None,
         })
         .collect();
-    // The page must not call these missed, on whatever machine it is made.
     let trips = |part: &str| -> Vec<f64> {
         let those = counts.iter().filter(|count| count.name.contains(part));
         those.map(|count| count.round_trips).collect()
@@ -407,8 +473,9 @@ fn measurements(guest: Guest) {
             "{way}: {trips:?}"
         );
     }
-    let folio = trips("2 MiB folios, home by faults of the CPU");
-    assert!(folio.len() == 1 && (1.0..=3.0).contains(&folio[0]), "{folio:?}");
+    // A CPU that goes through small pages gets 64 KiB, and then the rest; twice that is invalidated if the GPU had them as small pages, too.
+    let home = trips("home by faults of the CPU");
+    assert!(home.len() == 2 && home[0] <= 4.0 && home[1] <= 3.0, "{home:?}");
     let beside = [
         trips("where the GPU has never been"),
         trips("of which the GPU maps another page"),
@@ -452,6 +519,10 @@ fn measurements(guest: Guest) {
                         (1.0, Some(1.0)),
                         "{row:?}"
                     );
+                    // By faults of the CPU, eight come home one by one, and then the rest.
+                    if row.pages == 512 {
+                        assert!(row.release_trips <= 10.0, "{row:?}");
+                    }
                 }
             }
             Row::Contention(row) => {
@@ -486,7 +557,8 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_two_gpus examples guest_tests_with_few_pins demonstration contention_ten_times both_sides_get_on measurements device_loss }
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus guest_tests_with_few_pins examples
+demonstration contention_ten_times both_sides_get_on measurements device_loss device_loss_in_vram device_loss_during_eviction }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {

@@ -35,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("aperture_then_closed", closed),
     ("aperture_accounting", accounting),
     ("aperture_is_free_after_processes_were_killed", killed),
+    ("aperture_then_unbound", unbound),
 ];
 
 const BOTH: [i32; 2] = [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE];
@@ -514,5 +515,38 @@ fn killed() -> TestResult {
         // With it goes the child.
         drop(child);
     }
+    PASSED
+}
+
+/// Without its driver the device has nothing of the process any more, and with it again it has an aperture again.
+fn unbound() -> TestResult {
+    let driver = std::path::Path::new("/sys/bus/virtio/drivers/pinion");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(driver)? {
+        let name = entry?.file_name();
+        if name.to_string_lossy().starts_with("virtio") {
+            names.push(name);
+        }
+    }
+    ensure_eq!(names.len(), 1, "devices that the driver has");
+    for advice in BOTH {
+        let (gpu, memory) = in_aperture(2, advice, 20)?;
+        let other = memory_of(2, advice)?;
+        fill(&other, 21);
+        prefetch(&gpu, &other, Location::Vram)?;
+        ensure_eq!(
+            pages_in(&gpu, &other, PageState::Vram)?,
+            other.pages(),
+            "pages in VRAM"
+        );
+        std::fs::write(driver.join("unbind"), names[0].as_encoded_bytes())?;
+        check(&memory, 20)?;
+        check(&other, 21)?;
+        drop(gpu);
+        check(&memory, 20)?;
+        std::fs::write(driver.join("bind"), names[0].as_encoded_bytes())?;
+        check(&memory, 20)?;
+    }
+    drop(in_aperture(1, BOTH[0], 22)?);
     PASSED
 }

@@ -9,7 +9,9 @@ mod access;
 mod aperture;
 mod commands;
 mod interface;
+mod kinds;
 mod lifetime;
+mod meanwhile;
 mod observing;
 mod ownership;
 mod pins;
@@ -44,6 +46,8 @@ fn all() -> Vec<Test> {
         ownership::TESTS,
         pins::TESTS,
         vram::TESTS,
+        kinds::TESTS,
+        meanwhile::TESTS,
         lifetime::TESTS,
         observing::TESTS,
     ]

@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("two_gpus_take_pages_from_each_other", by_turns),
     ("two_gpus_move_memory_from_vram_to_vram", from_vram_to_vram),
     ("two_gpus_contend_for_a_page", contended),
+    ("apertures_of_two_gpus", apertures),
 ];
 
 fn both() -> Result<[Gpu; 2], Failure> {
@@ -98,6 +99,51 @@ fn by_turns() -> TestResult {
             ensure_eq!(other, page as u64, "what else is in page {page}, {how:?}");
         }
     }
+    PASSED
+}
+
+/// What one has in its aperture the other uses where it is. (These have apertures: `--aperture 8M`.)
+fn apertures() -> TestResult {
+    let [one, two] = both()?;
+    let memory = Mapping::anonymous(64)?;
+    for word in 0..memory.len() / 8 {
+        memory.atomic(word * 8).store(word as u64, Ordering::Relaxed);
+    }
+    one.prefetch(memory.as_ptr(), memory.len(), Location::Aperture)?;
+    ensure_eq!(
+        pages_in(&one, &memory, PageState::Coherent)?,
+        64,
+        "pages of the first"
+    );
+    two.prefetch(memory.as_ptr(), memory.len(), Location::Aperture)?;
+    ensure_eq!(
+        pages_in(&two, &memory, PageState::Coherent)?,
+        0,
+        "pages of the second"
+    );
+    let copy = Mapping::anonymous(64)?;
+    execute_ok(
+        &two,
+        &[
+            Command::copy(memory.as_ptr(), copy.as_ptr(), memory.len()),
+            Command::fill(memory.as_ptr().cast::<u64>(), 1, 1000),
+        ],
+    )?;
+    execute_ok(&one, &[add(&memory, 1)])?;
+    ensure_eq!(value(&memory), 1001, "the number");
+    memory.atomic(0).store(0, Ordering::Relaxed);
+    for word in 0..memory.len() / 8 {
+        let found = [&memory, &copy].map(|memory| memory.atomic(word * 8).load(Ordering::Relaxed));
+        ensure_eq!(found, [word as u64; 2], "word {word}, and its copy");
+    }
+    ensure_eq!(
+        pages_in(&one, &memory, PageState::Coherent)?,
+        64,
+        "pages that have stayed"
+    );
+    let completion = execute(&two, &[add(&memory, 1)])?;
+    ensure_eq!(completion.status, Status::NotExclusive, "where the other has it");
+    ensure_eq!(value(&memory), 0, "the number");
     PASSED
 }
 

@@ -23,8 +23,13 @@ tests! {
     a_huge_page_comes_home_as_one
     a_huge_page_in_vram_is_split
     small_pages_move_together
+    a_cpu_that_goes_on_gets_the_rest
     in_vram_then_unmapped_in_part
-    in_vram_then_discarded
+    in_vram_then_dropped
+    discarded_in_vram
+    discarded_in_vram_then_written
+    discarded_in_vram_but_shared_with_a_child
+    prefetched_to_system_memory
     in_vram_then_moved
     in_vram_then_write_protected
     in_vram_then_forked_child_first
@@ -51,6 +56,10 @@ pub(crate) const FILLING: &[crate::support::Test] = &[
         vram_is_free_after_processes_were_killed,
     ),
     ("small_vram_holds_four_times_as_much", more_than_vram_can_hold),
+    (
+        "small_vram_does_not_copy_what_is_discarded",
+        evicted_after_it_was_discarded,
+    ),
     (
         "small_vram_holds_four_times_as_much_for_two_processes",
         more_than_vram_can_hold_for_two_processes,
@@ -360,6 +369,54 @@ fn small_pages_move_together() -> TestResult {
     check(&memory, 10).map(|()| Outcome::Passed)
 }
 
+/// What a CPU goes through page by page does not take a round trip for each piece; what it touches here and there comes home alone.
+fn a_cpu_that_goes_on_gets_the_rest() -> TestResult {
+    let (gpu, memory) = vram!(2, libc::MADV_NOHUGEPAGE, 40);
+    let touch = |memory: &Mapping, page: usize, expected: u64| -> Result<(), Failure> {
+        let found = memory.atomic(page * 4096).load(Ordering::Relaxed);
+        ensure_eq!(found, expected, "page {page}");
+        Ok(())
+    };
+    for (page, left) in [
+        (80, 1008),
+        (200, 992),
+        (208, 976),
+        (300, 960),
+        (304, 944),
+        (320, 512),
+    ] {
+        touch(&memory, page, pattern(40, 512 * page))?;
+        ensure_eq!(
+            pages_in_vram(&gpu, &memory)?,
+            left,
+            "pages left after page {page}"
+        );
+    }
+    check(&memory, 40)?;
+
+    let memory = memory_of(1, libc::MADV_NOHUGEPAGE)?;
+    fill(&memory, 41);
+    atomics(&gpu, &memory, Atomics::Pin)?;
+    execute_ok(&gpu, &[add(&memory, 1).repeat(512).stride(4096)])?;
+    let scattered = [300, 100, 200].map(|page| (page, 1));
+    let row = (0..8).map(|page| (page, 1));
+    let mut left = pages_in(&gpu, &memory, PageState::Pinned)?;
+    ensure_eq!(left, 512, "pages that are pinned");
+    for (page, home) in scattered.into_iter().chain(row).chain([(8, 501)]) {
+        touch(&memory, page, pattern(41, 512 * page) + 1)?;
+        left -= home;
+        ensure_eq!(
+            pages_in(&gpu, &memory, PageState::Pinned)?,
+            left,
+            "pages pinned after page {page}"
+        );
+    }
+    for page in 0..memory.pages() {
+        memory.atomic(page * 4096).fetch_sub(1, Ordering::Relaxed);
+    }
+    check(&memory, 41).map(|()| Outcome::Passed)
+}
+
 fn in_vram_then_unmapped_in_part() -> TestResult {
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let (gpu, memory) = vram!(2, advice, 11);
@@ -380,7 +437,7 @@ fn in_vram_then_unmapped_in_part() -> TestResult {
     PASSED
 }
 
-fn in_vram_then_discarded() -> TestResult {
+fn in_vram_then_dropped() -> TestResult {
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let (gpu, memory) = vram!(2, advice, 12);
         memory.advise(libc::MADV_DONTNEED)?;
@@ -392,6 +449,115 @@ fn in_vram_then_discarded() -> TestResult {
             1,
             "bytes that are not zero"
         );
+    }
+    PASSED
+}
+
+/// Says that nobody needs what is in part of the memory.
+fn discard(gpu: &Gpu, memory: &Mapping, start: usize, length: usize) -> Result<(), Failure> {
+    // SAFETY: The memory is mapped, and nobody else accesses it meanwhile.
+    let part = unsafe { std::slice::from_raw_parts_mut(memory.at(start), length) };
+    Ok(gpu.discard(part)?)
+}
+
+/// Nothing is copied that was discarded: zeros come home. All around it is as it was.
+fn discarded_in_vram() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let (gpu, memory) = vram!(3, advice, 29);
+        // The whole of the second huge page, and in the third every other page.
+        discard(&gpu, &memory, HUGE, HUGE)?;
+        for page in (1024..1536).step_by(2) {
+            discard(&gpu, &memory, page * 4096, 4096)?;
+        }
+        ensure_eq!(pages_in_vram(&gpu, &memory)?, memory.pages(), "pages in VRAM");
+        let rights = gpu.query(memory.at(HUGE), HUGE)?;
+        ensure!(
+            rights.iter().all(|page| !page.rights.read),
+            "the GPU may go on without asking"
+        );
+        check_part(&memory, 0, HUGE, 29)?;
+        let zeros = memory.read(HUGE, HUGE);
+        ensure!(zeros.iter().all(|byte| *byte == 0), "something has been copied");
+        for page in 1024..1536 {
+            let bytes = memory.read(page * 4096, 4096);
+            let discarded = page % 2 == 0;
+            // What moves as one is copied as one.
+            let zeros = bytes.iter().all(|byte| *byte == 0);
+            if !discarded || !zeros {
+                check_part(&memory, page * 4096, 4096, 29)?;
+            }
+            ensure!(
+                zeros || !discarded || advice == libc::MADV_HUGEPAGE,
+                "page {page} was copied"
+            );
+        }
+        ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM at the end");
+        fill(&memory, 29);
+        copy_and_check(&gpu, &memory, 29)?;
+    }
+    PASSED
+}
+
+/// What the GPU writes after the program has said that nobody needs what was there is kept, and what it only reads is right too.
+fn discarded_in_vram_then_written() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let (gpu, memory) = vram!(2, advice, 31);
+        discard(&gpu, &memory, 0, memory.len())?;
+        let source = memory_of(2, advice)?;
+        fill(&source, 32);
+        execute_ok(
+            &gpu,
+            &[Command::copy(source.as_ptr(), memory.as_ptr(), memory.len())],
+        )?;
+        check(&memory, 32)?;
+        // Discarded at home: nothing comes of it.
+        discard(&gpu, &memory, 0, memory.len())?;
+        check(&memory, 32)?;
+    }
+    PASSED
+}
+
+fn discarded_in_vram_but_shared_with_a_child() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let (gpu, memory) = vram!(1, advice, 33);
+        let (mut go, mut started) = pinion_tests::process::pipe().map(|(reader, writer)| (writer, reader))?;
+        let child = fork(|| {
+            use std::io::Read as _;
+            started.read_exact(&mut [0])?;
+            check(&memory, 33)
+        })?;
+        discard(&gpu, &memory, 0, memory.len())?;
+        {
+            use std::io::Write as _;
+            go.write_all(&[0])?;
+        }
+        join(child)?;
+    }
+    PASSED
+}
+
+/// It comes home, and the GPU need not ask for it.
+fn prefetched_to_system_memory() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let (gpu, memory) = vram!(2, advice, 34);
+        prefetch(&gpu, &memory, Location::System)?;
+        ensure_eq!(
+            pages_in(&gpu, &memory, PageState::Mirrored)?,
+            memory.pages(),
+            "pages that the GPU maps"
+        );
+        // So that it does not move again.
+        prefer(&gpu, &memory, Location::System)?;
+        prefetch(&gpu, &memory, Location::System)?;
+        let faults = gpu.statistics()?.faults;
+        execute_ok(&gpu, &[Command::copy(memory.at(HUGE), memory.as_ptr(), HUGE)])?;
+        ensure_eq!(gpu.statistics()?.faults, faults, "faults");
+        ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM");
+        check_part(&memory, HUGE, HUGE, 34)?;
+        for word in 0..HUGE / 8 {
+            let found = memory.atomic(word * 8).load(Ordering::Relaxed);
+            ensure_eq!(found, pattern(34, HUGE / 8 + word), "what is at {:#x}", word * 8);
+        }
     }
     PASSED
 }
@@ -787,6 +953,32 @@ fn work_on_much(seed: u64) -> Result<(), Failure> {
         ensure!(gpu.statistics()?.evictions > 0, "nothing had to make room");
     }
     Ok(())
+}
+
+/// What has to make room and was discarded goes without a copy; what was not is kept.
+fn evicted_after_it_was_discarded() -> TestResult {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let vram = small_vram(&open()?)?;
+        let Some((gpu, memory)) = in_vram(vram / HUGE, advice, 35)? else {
+            return Err("there is no VRAM".into());
+        };
+        let half = memory.len() / 2;
+        discard(&gpu, &memory, 0, half)?;
+        let other = memory_of(vram / HUGE, advice)?;
+        fill(&other, 36);
+        prefer(&gpu, &other, Location::Vram)?;
+        prefetch(&gpu, &other, Location::Vram)?;
+        ensure!(gpu.statistics()?.evictions > 0, "nothing had to make room");
+        ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages that have stayed");
+        let bytes = memory.read(0, half);
+        ensure!(
+            bytes.iter().all(|byte| *byte == 0),
+            "what was discarded was copied"
+        );
+        check_part(&memory, half, half, 35)?;
+        check(&other, 36)?;
+    }
+    PASSED
 }
 
 fn more_than_vram_can_hold() -> TestResult {

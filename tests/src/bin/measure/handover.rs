@@ -187,8 +187,13 @@ impl Contestant {
             if !memory::all_are(&self.gpu, &self.memory, PageState::Cpu)? {
                 return Err("not all pages have come home".into());
             }
-            if self.is_in_place() && self.frames()? != frames {
-                return Err("pages that were to stay in place have moved".into());
+            let now = self.frames()?;
+            if self.is_in_place() && now != frames {
+                return Err(format!(
+                    "{:?}: pages that were to stay in place have moved from {frames:x?} to {now:x?}",
+                    self.atomics
+                )
+                .into());
             }
             let after = self.gpu.statistics()?;
             let moved = after.to_vram + after.from_vram - before.to_vram - before.from_vram;

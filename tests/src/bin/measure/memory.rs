@@ -77,10 +77,12 @@ pub(crate) fn touch(memory: &Mapping) {
     }
 }
 
-/// Writes a word of each page.
+/// Writes to each page: its first word is zero. Not all of it is, or the kernel would put the zero page in its place when it splits a
+/// large folio.
 pub(crate) fn populate(memory: &Mapping) {
     for page in 0..memory.pages() {
         memory.atomic(page * PAGE_SIZE).store(0, Ordering::Relaxed);
+        memory.atomic(page * PAGE_SIZE + 8).store(1, Ordering::Relaxed);
     }
 }
 

@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a process goes through whose GPU is lost. The harness kills the device when this says "ready".
+//! Pages that are pinned are the system's: they come home.
 
-use std::io::Write as _;
-use std::process::ExitCode;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pinion_client::{Command, Gpu, PageState, Status, Submit};
 use pinion_tests::{DEVICE, Failure, Mapping};
 
-/// Longest time that anything may take when there is no device.
-fn bound() -> Duration {
-    pinion_tests::patiently(Duration::from_secs(30))
-}
+use crate::{bound, ready};
 
-fn run() -> Result<(), Failure> {
+pub(crate) fn run() -> Result<(), Failure> {
     let gpu = Gpu::open(DEVICE)?;
     let (pinned, busy) = (Mapping::anonymous(16)?, Mapping::anonymous(1)?);
     for page in 0..pinned.pages() {
@@ -45,8 +40,7 @@ fn run() -> Result<(), Failure> {
         return Err("the pages are not pinned".into());
     }
 
-    println!("ready");
-    std::io::stdout().flush()?;
+    ready()?;
     // There is no telling when the device is killed, only that it is soon: the wait is for that, too.
     // It waits without asking the driver for anything, which has to find out by itself.
     let started = Instant::now();
@@ -98,15 +92,5 @@ fn run() -> Result<(), Failure> {
     match Gpu::open(DEVICE) {
         Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
         other => Err(format!("a device that is lost, opened: {other:?}").into()),
-    }
-}
-
-fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("device-loss: FAILED: {}", pinion_tests::chain(&*error));
-            ExitCode::FAILURE
-        }
     }
 }
