@@ -7,14 +7,14 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use pinion_client::{Atomics, Gpu, PageState};
+use pinion_client::{Atomics, Gpu, Location, PageState};
 use pinion_tests::{Failure, Mapping};
 
 use crate::observing::{Mount, number, row};
 use crate::support::{PASSED, Test, TestResult, add, ensure, ensure_eq, execute_ok, open, soon, tests};
-use crate::vram::pages_in;
+use crate::vram::{check as check_filling, fill, memory_of, pages_in};
 
-tests! { memory_pressure_takes_pins_back }
+tests! { memory_pressure_takes_pins_back two_mebibytes_are_pinned_at_once }
 
 /// These want a low limit (parameter `pins`), and run only when they are asked for by name.
 pub(crate) const FEW: &[Test] = &[
@@ -80,6 +80,51 @@ fn memory_pressure_takes_pins_back() -> TestResult {
             );
         }
         check(&memory, round)?;
+    }
+    PASSED
+}
+
+/// How much a counter of a queue has grown: the control queue is 0, the one for INVALIDATE 1.
+fn queue(debugfs: &Path, index: usize, column: &str) -> Result<i64, Failure> {
+    number(&row(&debugfs.join("pinion0/queues"), index)?, column)
+}
+
+/// 512 pages take one fault, one request to map with one REPLAY in one go, and home one INVALIDATE.
+fn two_mebibytes_are_pinned_at_once() -> TestResult {
+    const PAGES: usize = 512;
+    let mount = Mount::new("debugfs")?;
+    for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE] {
+        let gpu = open()?;
+        let memory = memory_of(1, advice)?;
+        fill(&memory, 31);
+        gpu.advise_atomics(memory.as_ptr(), memory.len(), Atomics::Pin)?;
+        let (sent, kicks) = (queue(&mount.0, 0, "sent")?, queue(&mount.0, 0, "kicks")?);
+        execute_ok(&gpu, &[add(&memory, 0).repeat(PAGES as u32).stride(4096)])?;
+        let statistics = gpu.statistics()?;
+        ensure_eq!(
+            (statistics.faults, statistics.pins),
+            (1, PAGES as u64),
+            "faults and pins"
+        );
+        ensure_eq!(pages_in(&gpu, &memory, PageState::Pinned)?, PAGES, "pinned pages");
+        // The driver may have asked just now whether the device lives.
+        let sent = queue(&mount.0, 0, "sent")? - sent;
+        ensure!((2..=3).contains(&sent), "{sent} requests were sent for a range");
+        let kicks = queue(&mount.0, 0, "kicks")? - kicks;
+        ensure!(
+            (1..=2).contains(&kicks),
+            "{kicks} times it was kicked for a range"
+        );
+        let invalidations = queue(&mount.0, 1, "sent")?;
+        gpu.prefetch(memory.as_ptr(), memory.len(), Location::System)?;
+        ensure_eq!(pages_in(&gpu, &memory, PageState::Pinned)?, 0, "pinned pages");
+        ensure_eq!(
+            queue(&mount.0, 1, "sent")? - invalidations,
+            1,
+            "INVALIDATEs for a range"
+        );
+        ensure_eq!(gpu.statistics()?.unpins, PAGES as u64, "pages that came home");
+        check_filling(&memory, 31)?;
     }
     PASSED
 }
