@@ -25,8 +25,10 @@ use crate::{
     debugfs, dmirror,
     file::FileHandle,
     hmm::memory::{DeviceMemory, Kind},
+    pins::{Pins, Pressure},
     residency::Residency,
     ring::Ring,
+    shrinker::Shrinker,
     sync::{Completion, ModuleQueue},
     virtio::{self, Channel, Device, Layout, Pending, Transport},
 };
@@ -59,7 +61,7 @@ const MAX_BATCH: u32 = 1024;
 const HEARTBEAT: Msecs = 1000;
 /// Milliseconds for which the reset of a lost device is put off, so that CPUs lose what they have in its aperture first.
 const ABANDON_PATIENCE: Msecs = 1000;
-/// Pages that can be pinned at a time.
+/// Pages that can be pinned at a time, at most.
 const PIN_PAGES: usize = 32768;
 
 /// `/dev/pinionN`.
@@ -225,6 +227,7 @@ pub(crate) struct Gpu {
     copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
     memory: Arc<DeviceMemory<Residency>>,
+    pins: Arc<Pins>,
     lost: Atomic<bool>,
     large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
@@ -251,6 +254,11 @@ pub(crate) struct Gpu {
     /// `abandon_work` has run.
     #[pin]
     abandoned: Completion,
+    /// While the driver is bound.
+    #[pin]
+    shrinker: Mutex<Option<Shrinker<Pressure>>>,
+    #[pin]
+    pressure_work: Work<Gpu, 4>,
 }
 
 impl_has_work! {
@@ -258,6 +266,16 @@ impl_has_work! {
     impl HasWork<Self, 1> for Gpu { self.loss_work }
     impl HasWork<Self, 2> for Gpu { self.look_work }
     impl HasWork<Self, 3> for Gpu { self.abandon_work }
+    impl HasWork<Self, 4> for Gpu { self.pressure_work }
+}
+
+/// Memory is short.
+impl WorkItem<4> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        this.pins.relieve(&this);
+    }
 }
 
 /// Events have come.
@@ -429,6 +447,11 @@ impl Gpu {
     }
 
     /// What is to be seen of this device in debugfs.
+    /// The pages that are pinned.
+    pub(crate) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
     fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
         let mut rings = KVec::new();
         let mut queues = KVec::new();
@@ -443,7 +466,7 @@ impl Gpu {
         if let Some(copy) = &self.copy {
             queue("copy", copy.ring())?;
         }
-        debugfs::Directory::new(name, rings, queues)
+        debugfs::Directory::new(name, rings, queues, self.pins.clone())
     }
 
     /// Declares the device lost. It will be reset as soon as possible.
@@ -850,6 +873,11 @@ fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
     }
 }
 
+/// Pages that are pinned at most.
+fn most_pins() -> usize {
+    (crate::module_parameters::pins.value() as usize).min(PIN_PAGES)
+}
+
 /// Pages of VRAM that are used at most: twice as many as the system has. The struct pages of more would take up too much of
 /// its memory.
 fn most_vram_pages() -> usize {
@@ -990,6 +1018,7 @@ impl virtio::Driver for Gpu {
                 rings,
                 copy,
                 contexts,
+                pins: Arc::new(Pins::new(memory.clone(), most_pins()), GFP_KERNEL)?,
                 memory,
                 lost: Atomic::new(false),
                 large_pages: Atomic::new(true),
@@ -1004,6 +1033,8 @@ impl virtio::Driver for Gpu {
                 look_work <- new_work!("Gpu::look_work"),
                 abandon_work <- new_work!("Gpu::abandon_work"),
                 abandoned <- Completion::new(),
+                shrinker <- new_mutex!(None, "Gpu::shrinker"),
+                pressure_work <- new_work!("Gpu::pressure_work"),
             }? Error),
             GFP_KERNEL,
         )
@@ -1032,6 +1063,8 @@ impl virtio::Driver for Gpu {
         let node = KBox::pin_init(Node::with_poll(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         *this.dmirror.lock() = dmirror::nodes(this)?;
+        let pressure = Arc::new(Pressure(this.clone()), GFP_KERNEL)?;
+        *this.shrinker.lock() = Some(Shrinker::new(c"pinion-pins", pressure)?);
         Ok(())
     }
 
@@ -1065,6 +1098,9 @@ impl virtio::Driver for Gpu {
         drop(nodes);
         let debug = this.debug.lock().take();
         drop(debug);
+        // What it has queued is waited for below.
+        let shrinker = this.shrinker.lock().take();
+        drop(shrinker);
         // As long as the device can still copy.
         Residency::evacuate(&this);
         // If it was lost: what happens then has been done after this, or is done after the next.

@@ -25,8 +25,10 @@ mod fence_file;
 mod file;
 mod gpu;
 mod hmm;
+mod pins;
 mod residency;
 mod ring;
+mod shrinker;
 mod submission;
 mod sync;
 mod trace;
@@ -48,6 +50,10 @@ module! {
         timeout_ms: u32 {
             default: 10000,
             description: "Milliseconds after which a device that does not answer is lost",
+        },
+        pins: u32 {
+            default: 32768,
+            description: "Most pages that are pinned in place at a time for a device (at most 32768)",
         },
         contexts_per_user: u32 {
             default: 128,

@@ -121,6 +121,8 @@ pub(crate) enum Which {
     Vram,
     /// Those in VRAM of that kind.
     Only(Kind),
+    /// Those that are pinned.
+    Pins,
     /// The one with this index, which is pinned.
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
@@ -134,6 +136,8 @@ impl Which {
     fn includes(self, kind: Kind) -> bool {
         match self {
             Self::Only(this) => this == kind,
+            // What stands in for a pinned page is private.
+            Self::Pins => kind == Kind::Private,
             Self::Abandoned => kind == Kind::Coherent,
             Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
         }
@@ -145,7 +149,9 @@ impl Which {
             (_, Place::Lost) | (Self::Abandoned, _) => false,
             (Self::All, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
-            (Self::Vram | Self::Only(_), Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
+            (Self::Pins, Place::Pinned(_)) => true,
+            (Self::Vram | Self::Only(_), Place::Pinned(_))
+            | (Self::Pins | Self::Pinned(_), Place::Device(_)) => false,
         }
     }
 }
@@ -187,7 +193,7 @@ struct Journey<'a> {
 impl<'a> Journey<'a> {
     /// One of `count` pages at most.
     fn new(memory: &'a DeviceMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
-        let copies = if matches!(which, Which::Pinned(_)) {
+        let copies = if matches!(which, Which::Pins | Which::Pinned(_)) {
             0
         } else {
             count
@@ -564,7 +570,7 @@ impl Residency {
     }
 
     /// Where the pages of `pages` are mapped: pages that follow each other as one.
-    fn runs(
+    pub(crate) fn runs(
         memory: &DeviceMemory<Self>,
         pages: impl Iterator<Item = DevicePage>,
     ) -> Result<KVVec<(Mapped, usize)>> {

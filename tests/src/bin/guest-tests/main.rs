@@ -14,6 +14,7 @@ mod lifetime;
 mod meanwhile;
 mod observing;
 mod ownership;
+mod pins;
 mod several;
 mod submitting;
 mod support;
@@ -43,6 +44,7 @@ fn all() -> Vec<Test> {
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        pins::TESTS,
         vram::TESTS,
         kinds::TESTS,
         meanwhile::TESTS,
@@ -54,7 +56,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    [vram::FILLING, several::TESTS, aperture::TESTS].concat()
+    [vram::FILLING, several::TESTS, aperture::TESTS, pins::FEW].concat()
 }
 
 /// Runs a test in this process.
