@@ -199,7 +199,7 @@ plain() {
 }
 
 start_qemu() {
-    local args=() name
+    local args=() name i
     DIE_STATUS=$STATUS_QEMU
     machine_args "$RUN_DIR/gpu"
     args=("${MACHINE_ARGS[@]}" -nodefaults -no-user-config -display none -no-reboot
@@ -207,6 +207,10 @@ start_qemu() {
         # panic=-1 with -no-reboot: a panic ends QEMU at once.
         -append "console=ttyS0 loglevel=5 panic=-1 oops=panic log_buf_len=4M no_timer_check $KERNEL_APPEND $APPEND"
         -chardev "file,id=console,path=$RUN_DIR/console" -serial chardev:console)
+    for i in "${!DISKS[@]}"; do
+        in_run_dir "the guest's disk" truncate -s "${DISKS[i]}" "$RUN_DIR/disk$i"
+        args+=(-drive "file=$RUN_DIR/disk$i,format=raw,cache=unsafe,if=none,id=disk$i" -device "nvme,drive=disk$i,serial=disk$i")
+    done
     if [[ $SHELL_WANTED == yes ]]; then
         args+=(-chardev stdio,id=shell,mux=on,signal=off -serial chardev:shell -mon chardev=shell)
     fi
@@ -281,11 +285,25 @@ wait_for_end() {
 # What the kernel says only when something is wrong.
 readonly SPLAT='WARNING: |BUG: |\bOops|Kernel panic|Call Trace:|KASAN|KCSAN|UBSAN|INFO: (task|possible|inconsistent|suspicious|trying|rcu)|rcu: INFO|possible (circular|recursive|irq)|kmemleak: [0-9]+ new|general protection fault|soft lockup|hard LOCKUP|refcount_t: |list_(add|del) corruption|Bad page (state|map)|page_table_check|nobody cared|Unable to handle|Invalid relocation'
 
+# without_oom FILE: the log, without what the kernel says when it kills a process for want of memory, if that is fine. What begins
+# like that and has no end stays.
+without_oom() {
+    [[ $OOM_IS_FINE == yes ]] || { cat "$1"; return; }
+    awk '/ invoked oom-killer: / { held = 1; text = "" }
+        !held { print; next }
+        { text = text $0 "\n" }
+        / Killed process / { held = 0 }
+        END { if (held) printf "%s", text }' "$1"
+}
+
+# has_splat FILE: whether there is a warning in the log.
+has_splat() { grep -q -E "$SPLAT" < <(without_oom "$1"); }
+
 # judge: says what went wrong, and exits with the status that --help promises.
 judge() {
     local status=0 outcome='' line log=$RUN_DIR/log driver='' ended=''
     # The console has the warnings, even when the guest has emptied its log since (dmesg -C).
-    if [[ ! -s $log ]] || { ! grep -q -E "$SPLAT" "$log" && grep -q -E "$SPLAT" "$RUN_DIR/console"; }; then
+    if [[ ! -s $log ]] || { ! has_splat "$log" && has_splat "$RUN_DIR/console"; }; then
         log=$RUN_DIR/console
     fi
     while read -r line; do
@@ -314,7 +332,7 @@ judge() {
     elif [[ -z $ended ]]; then
         status=$STATUS_PANIC
         say "the guest went off before the command had ended"
-    elif grep -q -E "$SPLAT" "$log"; then
+    elif has_splat "$log"; then
         status=$STATUS_WARNING
         say "the guest's log holds a warning (the command's status was ${outcome:-none})"
     elif [[ -n $driver ]]; then
@@ -345,10 +363,10 @@ show_guest_log() {
     local first
     if [[ ! -s $1 ]]; then
         say "the guest's log is empty"
-    elif first=$(grep -n -m 1 -E "$SPLAT" "$1" 2>/dev/null); then
+    elif first=$(grep -n -m 1 -E "$SPLAT" < <(without_oom "$1")); then
         first=${first%%:*}
         say "the guest's log from the first warning on:"
-        tail -n "+$((first > 3 ? first - 3 : 1))" "$1" | head -n 60 | tr -d '\r' | sed 's/^/  guest: /' >&2
+        without_oom "$1" | tail -n "+$((first > 3 ? first - 3 : 1))" | head -n 60 | tr -d '\r' | sed 's/^/  guest: /' >&2
     else
         say "the end of the guest's log:"
         tail -n 25 "$1" | tr -d '\r' | sed 's/^/  guest: /' >&2

@@ -6,7 +6,7 @@
 # takes_value OPTION: whether the word after it is its value.
 takes_value() {
     case $1 in
-    --kernel | --add | --memory | --cpus | --devices | --rings | --device-option | --driver-option | --append | --timeout | --log) ;;
+    --kernel | --add | --memory | --cpus | --devices | --rings | --device-option | --driver-option | --append | --disk | --timeout | --log) ;;
     *) return 1 ;;
     esac
 }

@@ -6,10 +6,16 @@
 use std::path::Path;
 use std::time::Duration;
 
+pub mod check;
 pub mod mapping;
+pub mod matrix;
 pub mod measurement;
+pub mod module;
 pub mod pagemap;
 pub mod process;
+pub mod smaps;
+pub mod uring;
+pub mod work;
 
 pub use mapping::Mapping;
 

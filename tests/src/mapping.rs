@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, RawFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pinion_client::PAGE_SIZE;
 
@@ -179,6 +179,24 @@ impl Mapping {
         check(unsafe { libc::mprotect(self.as_ptr().cast(), self.length, protection) })
     }
 
+    /// The 64-bit numbers in it.
+    #[must_use]
+    pub fn words(&self) -> Vec<u64> {
+        let word = |offset| self.atomic(offset).load(Ordering::Relaxed);
+        (0..self.length).step_by(8).map(word).collect()
+    }
+
+    /// Stores 64-bit numbers from the beginning on.
+    ///
+    /// # Panics
+    ///
+    /// If there is no room.
+    pub fn set_words(&self, words: &[u64]) {
+        for (index, word) in words.iter().enumerate() {
+            self.atomic(index * 8).store(*word, Ordering::Relaxed);
+        }
+    }
+
     /// Gives advice (`MADV_*`) about all of it.
     ///
     /// # Errors
@@ -195,12 +213,20 @@ impl Mapping {
     ///
     /// What the system says.
     pub fn remap(&mut self) -> io::Result<()> {
-        let target = Self::new(
-            None,
-            self.pages(),
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        )?;
+        self.remap_to(Self::anonymous(self.pages())?)
+    }
+
+    /// Moves it to where `target` is, which it replaces.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    ///
+    /// # Panics
+    ///
+    /// Unless the two are of the same size.
+    pub fn remap_to(&mut self, target: Self) -> io::Result<()> {
+        assert_eq!(self.length, target.length, "bytes to be moved");
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         let (from, to) = (self.as_ptr().cast(), target.as_ptr().cast::<libc::c_void>());
         // SAFETY: The target is a mapping of the same size of our own, which nothing is in.

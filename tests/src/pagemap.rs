@@ -25,10 +25,27 @@ pub enum Entry {
 ///
 /// What the system says, or that it does not tell page frame numbers.
 pub fn entry<T>(address: *const T) -> io::Result<Entry> {
-    let mut bytes = [0; 8];
-    let offset = (address.addr() / PAGE_SIZE * bytes.len()) as u64;
+    Ok(entries(address, 1)?[0])
+}
+
+/// The entries for that many pages, from the one that an address is in. Needs CAP_SYS_ADMIN.
+///
+/// # Errors
+///
+/// As [`entry`].
+pub fn entries<T>(address: *const T, pages: usize) -> io::Result<Vec<Entry>> {
+    let mut bytes = vec![0; pages * 8];
+    let offset = (address.addr() / PAGE_SIZE * 8) as u64;
     File::open("/proc/self/pagemap")?.read_exact_at(&mut bytes, offset)?;
-    let entry = u64::from_ne_bytes(bytes);
+    let number = |bytes: &[u8]| {
+        let mut number = [0; 8];
+        number.copy_from_slice(bytes);
+        u64::from_ne_bytes(number)
+    };
+    bytes.chunks_exact(8).map(|bytes| decode(number(bytes))).collect()
+}
+
+fn decode(entry: u64) -> io::Result<Entry> {
     let pfn = entry & ((1 << 55) - 1);
     if entry >> 63 & 1 == 1 {
         if pfn == 0 {

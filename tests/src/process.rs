@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// A pipe: the end to read from and the end to write to.
@@ -22,6 +22,25 @@ pub fn pipe() -> io::Result<(File, File)> {
     let ends = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
     let [reader, writer] = ends.map(File::from);
     Ok((reader, writer))
+}
+
+/// Waits until there is something to read, or the other end is closed. Says whether so within that time.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn wait_readable(file: &File, timeout: Duration) -> io::Result<bool> {
+    let mut entry = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let milliseconds = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: One entry is there.
+    match unsafe { libc::poll(&raw mut entry, 1, milliseconds) } {
+        -1 => Err(io::Error::last_os_error()),
+        ready => Ok(ready > 0),
+    }
 }
 
 /// A child process. It is killed and reaped when this is dropped.
@@ -73,29 +92,39 @@ impl Child {
     /// # Errors
     ///
     /// What the system says, or that it has not ended in time.
-    pub fn wait(mut self, timeout: Duration) -> io::Result<i32> {
+    pub fn wait(self, timeout: Duration) -> io::Result<i32> {
+        self.wait_or_keep(timeout)?.map_err(|child| {
+            let pid = child.pid;
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("child {pid} has not ended within {timeout:?}"),
+            )
+        })
+    }
+
+    /// The same; a child that has not ended in time is handed back.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn wait_or_keep(mut self, timeout: Duration) -> io::Result<Result<i32, Self>> {
         let deadline = Instant::now() + timeout;
         let mut status = 0;
         loop {
             // SAFETY: The status is a valid place.
             match unsafe { libc::waitpid(self.pid, &raw mut status, libc::WNOHANG) } {
-                0 if Instant::now() > deadline => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        format!("child {} has not ended within {timeout:?}", self.pid),
-                    ));
-                }
+                0 if Instant::now() > deadline => return Ok(Err(self)),
                 0 => std::thread::sleep(Duration::from_millis(2)),
                 -1 => return Err(io::Error::last_os_error()),
                 _ => break,
             }
         }
         self.reaped = true;
-        Ok(if libc::WIFEXITED(status) {
+        Ok(Ok(if libc::WIFEXITED(status) {
             libc::WEXITSTATUS(status)
         } else {
             -libc::WTERMSIG(status)
-        })
+        }))
     }
 }
 

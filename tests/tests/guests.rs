@@ -14,6 +14,9 @@ use std::thread;
 
 use pinion_tests::measurement::{self, Row};
 
+#[path = "guests/ownership.rs"]
+mod ownership;
+
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
 /// The module could not be loaded.
@@ -460,6 +463,11 @@ fn lose_device(guest: Guest, what: &str) {
     ended.must_succeed();
 }
 
+/// The ownership matrix.
+fn ownership_matrix(guest: Guest) {
+    ownership::matrix(guest.kernel);
+}
+
 /// A quick run of the measurements. It checks the data itself; what matters here is that nothing is missing, and what crosses the
 /// bus. Never how long anything took.
 fn measurements(guest: Guest) {
@@ -598,7 +606,7 @@ macro_rules! on_each_kernel {
 
 on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus
 guest_tests_with_two_apertures guest_tests_with_few_pins examples demonstration contention_ten_times both_sides_get_on
-measurements device_loss device_loss_in_vram device_loss_during_eviction dmirror }
+measurements device_loss device_loss_in_vram device_loss_during_eviction dmirror ownership_matrix }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {

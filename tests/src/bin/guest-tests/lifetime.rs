@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt as _;
 use std::time::{Duration, Instant};
 
 use pinion_client::Command;
-use pinion_tests::{Failure, Mapping, patiently};
+use pinion_tests::{Failure, Mapping, module, patiently};
 
 use crate::support::{
     Outcome, PASSED, TestResult, add, ensure, ensure_eq, execute_ok, fork, join, long_work, meminfo, open,
@@ -223,49 +223,30 @@ pub(crate) fn inherited(descriptor: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn unload() -> std::io::Result<()> {
-    // SAFETY: Takes the module out if nothing uses it.
-    let result = unsafe { libc::syscall(libc::SYS_delete_module, c"pinion".as_ptr(), libc::O_NONBLOCK) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::last_os_error())
-    }
-}
-
-fn load(module: &File) -> std::io::Result<()> {
-    // SAFETY: A valid file and no parameters.
-    let result = unsafe { libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), c"".as_ptr(), 0) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::last_os_error())
-    }
-}
-
 fn the_module_stays_while_it_is_used_and_can_be_loaded_again() -> TestResult {
-    let Ok(module) = File::open("/pinion/pinion.ko") else {
-        return Ok(Outcome::Skipped(
-            "there is no /pinion/pinion.ko to load again".to_owned(),
-        ));
+    let Ok(file) = File::open(module::FILE) else {
+        return Ok(Outcome::Skipped(format!(
+            "there is no {} to load again",
+            module::FILE
+        )));
     };
     for round in 0..3 {
         let gpu = open()?;
         let memory = page_with(5)?;
         pin(&gpu, &memory, 1)?;
-        let refused = unload().err().and_then(|error| error.raw_os_error());
+        let refused = module::unload().err().and_then(|error| error.raw_os_error());
         ensure!(
             [Some(libc::EBUSY), Some(libc::EAGAIN)].contains(&refused),
             "while it is used: {refused:?}"
         );
         ensure_eq!(value(&memory), 6, "the number");
         drop(gpu);
-        unload().map_err(|error| format!("unloading it in round {round}: {error}"))?;
+        module::unload().map_err(|error| format!("unloading it in round {round}: {error}"))?;
         ensure!(
             !std::path::Path::new(pinion_tests::DEVICE).exists(),
             "the device file is still there"
         );
-        load(&module).map_err(|error| format!("loading it in round {round}: {error}"))?;
+        module::load(&file).map_err(|error| format!("loading it in round {round}: {error}"))?;
         let deadline = Instant::now() + patiently(Duration::from_secs(5));
         while !std::path::Path::new(pinion_tests::DEVICE).exists() {
             ensure!(Instant::now() < deadline, "the device file has not come back");
@@ -278,7 +259,7 @@ fn the_module_stays_while_it_is_used_and_can_be_loaded_again() -> TestResult {
     let gpu = open()?;
     let child = child_that(|| Ok(()))?;
     drop(gpu);
-    let refused = unload().err().and_then(|error| error.raw_os_error());
+    let refused = module::unload().err().and_then(|error| error.raw_os_error());
     ensure!(
         [Some(libc::EBUSY), Some(libc::EAGAIN)].contains(&refused),
         "while a child has the file: {refused:?}"

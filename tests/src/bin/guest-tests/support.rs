@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pinion_client::{Command, Completion, Gpu, Page, PageState, Status, Submission, uapi};
+use pinion_client::{Command, Gpu, Page, PageState, Status, uapi};
 use pinion_tests::process::Child;
 use pinion_tests::{DEVICE, Failure, Mapping, patiently};
 
@@ -30,62 +30,12 @@ macro_rules! tests {
     };
 }
 
-/// Fails the test unless the condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($format:tt)+) => {
-        if !$condition {
-            return Err(format!("{} (line {})", format_args!($($format)+), line!()).into());
-        }
-    };
-}
-
-/// Fails the test unless the two are equal.
-macro_rules! ensure_eq {
-    ($found:expr, $expected:expr, $($format:tt)+) => {
-        match (&$found, &$expected) {
-            (found, expected) if found == expected => {}
-            (found, expected) => return Err(format!(
-                "{}: {found:x?} where {expected:x?} is expected (line {})",
-                format_args!($($format)+),
-                line!()
-            ).into()),
-        }
-    };
-}
-
-pub(crate) use {ensure, ensure_eq, tests};
-
-/// Time for work that takes none to speak of.
-pub(crate) fn soon() -> Duration {
-    patiently(Duration::from_secs(30))
-}
+pub(crate) use pinion_tests::work::{add, execute, execute_ok, soon, submit, submit_on};
+pub(crate) use pinion_tests::{ensure, ensure_eq};
+pub(crate) use tests;
 
 pub(crate) fn open() -> Result<Gpu, Failure> {
     Ok(Gpu::open(DEVICE)?)
-}
-
-/// Queues commands.
-pub(crate) fn submit_on(gpu: &Gpu, ring: u32, commands: &[Command]) -> pinion_client::Result<Submission> {
-    // SAFETY: Tests have the GPU work on memory that they access through raw pointers and atomics, and keep it until
-    // the work is done, or unmap it on purpose while nothing else of this process can be mapped there.
-    unsafe { gpu.submit(ring, commands) }
-}
-
-/// Queues commands on ring 0.
-pub(crate) fn submit(gpu: &Gpu, commands: &[Command]) -> Result<Submission, Failure> {
-    Ok(submit_on(gpu, 0, commands)?)
-}
-
-/// Has commands executed, however they end.
-pub(crate) fn execute(gpu: &Gpu, commands: &[Command]) -> Result<Completion, Failure> {
-    Ok(gpu.wait(submit(gpu, commands)?, soon())?)
-}
-
-/// Has commands executed, which must succeed.
-pub(crate) fn execute_ok(gpu: &Gpu, commands: &[Command]) -> Result<(), Failure> {
-    let completion = execute(gpu, commands)?;
-    ensure_eq!(completion.status, Status::Ok, "{completion:x?}");
-    Ok(())
 }
 
 /// Has a command executed by a GPU of its own; it must end with that status, at that address.
@@ -107,11 +57,6 @@ pub(crate) fn page_with(value: u64) -> Result<Mapping, Failure> {
 /// The number at the start.
 pub(crate) fn value(memory: &Mapping) -> u64 {
     memory.atomic(0).load(Ordering::Relaxed)
-}
-
-/// Adds to the number at the start of a page. Exclusive access is what it takes.
-pub(crate) fn add(memory: &Mapping, operand: u64) -> Command {
-    Command::atomic_add(memory.as_ptr().cast::<u64>(), operand)
 }
 
 /// Work on a page that takes much longer than a test may: minutes.

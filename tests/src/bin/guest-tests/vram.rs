@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pinion_client::{Atomics, Command, Gpu, Location, PageState, Status};
+use pinion_tests::smaps::kilobytes;
 use pinion_tests::{Failure, Mapping, repeatedly};
 
 use crate::support::{
@@ -167,18 +168,6 @@ macro_rules! vram {
     };
 }
 
-/// A line of `/proc/self/smaps` of the mapping, in KiB.
-fn smaps(memory: &Mapping, name: &str) -> Result<u64, Failure> {
-    let text = std::fs::read_to_string("/proc/self/smaps")?;
-    let start = format!("{:x}-", memory.as_ptr().addr());
-    let lines = text.lines().skip_while(|line| !line.starts_with(&start)).skip(1);
-    let mut lines = lines.take_while(|line| !line.contains('-'));
-    let line = lines
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .ok_or_else(|| format!("no {name}"))?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
-}
-
 fn moved_to_vram_by_an_access() -> TestResult {
     for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
         let gpu = open()?;
@@ -308,7 +297,7 @@ fn a_huge_page_comes_home_as_one() -> TestResult {
     let gpu = open()?;
     let memory = memory_of(4, libc::MADV_HUGEPAGE)?;
     fill(&memory, 8);
-    let before = smaps(&memory, "AnonHugePages")?;
+    let before = kilobytes(&memory, "AnonHugePages")?;
     if before == 0 {
         return Ok(Outcome::Skipped("there are no huge pages".to_owned()));
     }
@@ -321,7 +310,7 @@ fn a_huge_page_comes_home_as_one() -> TestResult {
         ensure_eq!(found, pattern(8, (offset + 4096) / 8), "at {offset:#x}");
     }
     ensure_eq!(pages_in_vram(&gpu, &memory)?, 0, "pages in VRAM");
-    ensure_eq!(smaps(&memory, "AnonHugePages")?, before, "huge pages");
+    ensure_eq!(kilobytes(&memory, "AnonHugePages")?, before, "huge pages");
     check(&memory, 8).map(|()| Outcome::Passed)
 }
 
