@@ -542,9 +542,9 @@ fn measurements(guest: Guest) {
                 );
                 if row.mechanism == "pin" {
                     // One to map them all and let the GPU go on (and a PING, if the driver happens to send one while there is
-                    // work), one to invalidate.
+                    // work); one to invalidate, and one to let the GPU access them where they are.
                     assert!((1.0..=2.0).contains(&row.acquire_trips), "{row:?}");
-                    assert_eq!(row.release_at_once_trips, Some(1.0), "{row:?}");
+                    assert_eq!(row.release_at_once_trips, Some(2.0), "{row:?}");
                     // By faults of the CPU, eight come home one by one, and then the rest.
                     if row.pages == 512 {
                         assert!(row.release_trips <= 10.0, "{row:?}");
