@@ -7,7 +7,7 @@
 //! - abstractions over C interfaces, in which all `unsafe` lives: [`bindings`], [`sync`], [`virtio`],
 //!   [`chardev`], [`hmm`];
 //! - the driver: [`gpu`] (the device), [`fence`], [`submission`], [`address_space`] (what the GPU maps of a process),
-//!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`);
+//!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`), [`dmirror`] (the nodes for the kernel's hmm-tests);
 //! - the two interfaces: [`abi`] (the device's, shared with its implementation) and [`uapi`].
 
 use kernel::prelude::*;
