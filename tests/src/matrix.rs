@@ -233,7 +233,7 @@ pub const EVENTS: &[Event] = &[
     event(
         "core-dump",
         "core dump",
-        "What the GPU wrote last is in the core. The process is gone, and its memory free.",
+        "What the GPU wrote last is in the core. The process is gone, and its memory free. (Not so for a huge page in VRAM: what is not present in the upper levels of the page table Linux 7.3 takes for a hole when it dumps, see `no_page_table()` in `mm/gup.c`, and the core has zeros. No driver can help that.)",
     ),
     event(
         "exec",

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pinion_client::{Command, Gpu, PAGE_SIZE, Status};
 use pinion_tests::matrix::State;
-use pinion_tests::work::{execute_ok, submit};
+use pinion_tests::work::{execute_ok, submit_on};
 use pinion_tests::{Failure, ensure, ensure_eq, module, patiently};
 
 use crate::cell::{Body, Cell, ELSEWHERE, Outcome, Subject, advise, anonymous, compare, second_device};
@@ -92,8 +92,8 @@ fn first_virtio_device() -> Result<String, Failure> {
 
 /// An answer to a request that is refused because the device is gone.
 fn must_be_gone(subject: &Subject) -> Result<(), Failure> {
-    match submit(subject.gpu(), &[Command::nop()]) {
-        Err(error) if error.to_string().contains("SUBMIT") => Ok(()),
+    match submit_on(subject.gpu(), 0, &[Command::nop()]) {
+        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
         other => Err(format!("work for a device that is gone: {other:?}").into()),
     }
 }
@@ -173,21 +173,25 @@ fn device_reset(cell: &Cell<'_>) -> Result<Outcome, Failure> {
     std::io::stdout().flush()?;
     // Work on which it can happen, until it has. There is no telling when.
     let started = Instant::now();
+    let mut ended = false;
     loop {
-        let Ok(work) = submit(subject.gpu(), &[Command::nop()]) else {
+        let Ok(work) = submit_on(subject.gpu(), 0, &[Command::nop()]) else {
             break;
         };
         let completion = subject.gpu().wait(work, patiently(Duration::from_secs(20)))?;
-        if completion.status == Status::DeviceLost {
-            break;
+        match completion.status {
+            Status::Ok => {}
+            // What the device was at; and what it does not know of.
+            Status::Reset | Status::DeviceLost => ended = true,
+            _ => return Err(format!("{completion:x?}").into()),
         }
-        ensure_eq!(completion.status, Status::Ok, "{completion:x?}");
         ensure!(
             started.elapsed() < patiently(Duration::from_secs(20)),
             "nobody has reset the device"
         );
         std::thread::sleep(Duration::from_millis(2));
     }
+    ensure!(ended, "no work has ended because of the reset");
     must_be_gone(&subject)?;
     let away = subject.observe_without_driver()?;
     let lost = is_lost(&subject)?;

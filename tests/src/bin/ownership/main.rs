@@ -92,6 +92,20 @@ fn read_end(reader: &mut File) -> Result<End, Failure> {
     Ok(serde_json::from_slice(&text)?)
 }
 
+/// Has this process, and those that it forks, run on one processor: what the kernel has put off for a page (such as to put it on its
+/// lists) it then does when the page is asked for, which it would not for what another processor has put off.
+fn stay_on_one_processor() -> std::io::Result<()> {
+    // SAFETY: A set of processors may be all zeros.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: There is always a first one, and room for it.
+    unsafe { libc::CPU_SET(0, &mut set) };
+    // SAFETY: The set is as long as it says.
+    if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 fn usage() -> ExitCode {
     println!(
         "Usage: ownership [--reset] [TEXT]...\n\nTries the cells of the matrix whose name, EVENT/STATE/SIZE, has one of the texts in it, or all:\n\
@@ -112,6 +126,10 @@ fn main() -> ExitCode {
             option if option.starts_with('-') => return usage(),
             _ => texts.push(argument),
         }
+    }
+    if let Err(error) = stay_on_one_processor() {
+        eprintln!("ownership: cannot stay on one processor: {error}");
+        return ExitCode::FAILURE;
     }
     let machine = Machine::new();
     let mut failed = false;
