@@ -64,6 +64,8 @@ const MAX_FAULTS: usize = 2 * abi::MAX_RINGS as usize;
 /// How often a fault is tried to be resolved while others are in the way. Attempts get rarer, up to one in a
 /// millisecond, so that this is about a second.
 const ATTEMPTS: u32 = 1000;
+/// How often while there is no room.
+const ROOM_ATTEMPTS: u32 = 64;
 
 /// Counters of an address space, since it was opened.
 pub(crate) struct Statistics {
@@ -441,6 +443,8 @@ impl AddressSpace {
                 // Resolved with what was mapped for it, though not all of that came to pass.
                 _ if !batch.iter().any(|other| other.fault == fault) => return Ok(()),
                 Err(error) if error == EAGAIN || error == EBUSY => pause(attempt, begin),
+                // Others have been quicker to pin, or those that are to go home could not.
+                Err(error) if error == ENOSPC && attempt < ROOM_ATTEMPTS => pause(attempt, begin),
                 _ => break,
             }
         }
@@ -523,6 +527,12 @@ impl AddressSpace {
                 }
                 Err(error) => return Err(error),
             }
+        }
+        if atomic && matches!(policy.atomics, Atomics::Auto | Atomics::Pin) {
+            // With no lock held.
+            self.gpu
+                .pins()
+                .make_room(&self.gpu, wanted.len().div_ceil(PAGE_SIZE));
         }
         self.map_where_it_is(&mm, &window, wanted, policy, batch)
     }
@@ -743,7 +753,7 @@ impl AddressSpace {
             if unmapped.get(index).is_none() {
                 continue;
             }
-            match memory.allocate_stand_in() {
+            match self.gpu.pins().allocate() {
                 Ok(stand_in) => unmapped.send_away(index, stand_in),
                 Err(error) if index == 0 => return Err(error),
                 Err(_) => break,

@@ -2,7 +2,7 @@
 
 //! Counters of a device for people: `/sys/kernel/debug/pinionN`. docs/driver.md says what they mean.
 
-use crate::{ring::Ring, virtio::Channel};
+use crate::{pins::Pins, ring::Ring, virtio::Channel};
 use kernel::{
     debugfs::{Dir, File},
     fmt,
@@ -20,16 +20,24 @@ pub(crate) struct Directory {
     rings: File<KVec<Arc<Ring>>>,
     #[pin]
     queues: File<Queues>,
+    #[pin]
+    pins: File<Arc<Pins>>,
 }
 
 impl Directory {
     /// Makes it. Without debugfs there is nothing to be made.
-    pub(crate) fn new(name: &CStr, rings: KVec<Arc<Ring>>, queues: Queues) -> Result<Pin<KBox<Self>>> {
+    pub(crate) fn new(
+        name: &CStr,
+        rings: KVec<Arc<Ring>>,
+        queues: Queues,
+        pins: Arc<Pins>,
+    ) -> Result<Pin<KBox<Self>>> {
         let directory = Dir::new(name);
         KBox::pin_init(
             try_pin_init!(Self {
                 rings <- directory.read_callback_file(c"rings", rings, &show_rings),
                 queues <- directory.read_callback_file(c"queues", queues, &show_queues),
+                pins <- directory.read_callback_file(c"pins", pins, &show_pins),
             }? Error),
             GFP_KERNEL,
         )
@@ -60,6 +68,12 @@ fn show_rings(rings: &KVec<Arc<Ring>>, f: &mut fmt::Formatter<'_>) -> fmt::Resul
         )?;
     }
     Ok(())
+}
+
+fn show_pins(pins: &Arc<Pins>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let (given_up, returned) = pins.given_back();
+    writeln!(f, "pinned limit given-up returned")?;
+    writeln!(f, "{} {} {} {}", pins.pinned(), pins.limit(), given_up, returned)
 }
 
 fn show_queues(queues: &Queues, f: &mut fmt::Formatter<'_>) -> fmt::Result {

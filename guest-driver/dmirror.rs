@@ -220,11 +220,7 @@ impl Dmirror {
             }
             uapi::CHECK_EXCLUSIVE if space.has_atomic(range) => return Err(EPERM),
             uapi::CHECK_EXCLUSIVE => {}
-            uapi::RELEASE => {
-                if !Residency::vacate(&self.gpu, RELEASE_ROUNDS) {
-                    return Err(EBUSY);
-                }
-            }
+            uapi::RELEASE => release(&self.gpu)?,
             uapi::FLAGS => match pages {
                 uapi::FLAG_FAIL_ALLOC => space.fail_next_allocation(),
                 _ => return Err(EINVAL),
@@ -328,6 +324,23 @@ fn read_mapped(space: &AddressSpace, range: &Range<usize>, ptr: usize) -> Result
         return Err(ENOENT);
     }
     copy(space, range.start, ptr, range.len())
+}
+
+/// Brings home all that is in the VRAM of `gpu`.
+///
+/// # Errors
+///
+/// EBUSY: there still is something, or something again. EINTR.
+fn release(gpu: &Gpu) -> Result {
+    for _ in 0..RELEASE_ROUNDS {
+        if Residency::vacate(gpu, 1) {
+            return Ok(());
+        }
+        if kernel::current!().signal_pending() {
+            return Err(EINTR);
+        }
+    }
+    Err(EBUSY)
 }
 
 /// Stores what the CPU's page table says about `range` at `ptr`, a byte for each page.

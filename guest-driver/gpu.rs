@@ -25,8 +25,10 @@ use crate::{
     debugfs, dmirror,
     file::FileHandle,
     hmm::memory::{DeviceMemory, Kind},
+    pins::{Pins, Pressure},
     residency::Residency,
     ring::Ring,
+    shrinker::Shrinker,
     sync::{Completion, ModuleQueue},
     virtio::{self, Channel, Device, Layout, Pending, Transport},
 };
@@ -57,7 +59,9 @@ pub(crate) const MAX_REPLAYS: usize = abi::MAX_RINGS as usize;
 const MAX_BATCH: u32 = 1024;
 /// Milliseconds after which the device is asked whether it lives, while it has work.
 const HEARTBEAT: Msecs = 1000;
-/// Pages that can be pinned at a time.
+/// Milliseconds for which the reset of a lost device is put off, so that CPUs lose what they have in its aperture first.
+const ABANDON_PATIENCE: Msecs = 1000;
+/// Pages that can be pinned at a time, at most.
 const PIN_PAGES: usize = 32768;
 
 /// `/dev/pinionN`.
@@ -223,6 +227,7 @@ pub(crate) struct Gpu {
     copy: Option<Pin<KBox<CopyEngine>>>,
     contexts: Arc<Contexts>,
     memory: Arc<DeviceMemory<Residency>>,
+    pins: Arc<Pins>,
     lost: Atomic<bool>,
     large_pages: Atomic<bool>,
     /// The device has been reset and touches nothing any more.
@@ -244,12 +249,33 @@ pub(crate) struct Gpu {
     looking: Atomic<bool>,
     #[pin]
     look_work: Work<Gpu, 2>,
+    #[pin]
+    abandon_work: Work<Gpu, 3>,
+    /// `abandon_work` has run.
+    #[pin]
+    abandoned: Completion,
+    /// While the driver is bound.
+    #[pin]
+    shrinker: Mutex<Option<Shrinker<Pressure>>>,
+    #[pin]
+    pressure_work: Work<Gpu, 4>,
 }
 
 impl_has_work! {
     impl HasWork<Self, 0> for Gpu { self.event_work }
     impl HasWork<Self, 1> for Gpu { self.loss_work }
     impl HasWork<Self, 2> for Gpu { self.look_work }
+    impl HasWork<Self, 3> for Gpu { self.abandon_work }
+    impl HasWork<Self, 4> for Gpu { self.pressure_work }
+}
+
+/// Memory is short.
+impl WorkItem<4> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        this.pins.relieve(&this);
+    }
 }
 
 /// Events have come.
@@ -270,8 +296,32 @@ impl WorkItem<1> for Gpu {
     type Pointer = Arc<Gpu>;
 
     fn run(this: Arc<Gpu>) {
+        // The aperture goes with the reset, and what CPUs read there afterwards is anything. Better to take it away from
+        // them before; but others wait for the reset with locks held that this may take.
+        let any = this.memory.usage(Kind::Coherent).used > 0;
+        let queue = ModuleQueue::Submissions.get().filter(|_| any);
+        let begun = queue.is_some_and(|queue| queue.enqueue::<_, 3>(this.clone()).is_ok());
+        if begun && this.abandoned.wait(ABANDON_PATIENCE).is_err() {
+            dev_dbg!(
+                this.device,
+                "not all of the aperture is taken away before the reset\n"
+            );
+        }
         this.stop();
+        while begun && this.abandoned.wait(timeout()).is_err() {
+            dev_err!(this.device, "still waiting for lost pages to be taken away\n");
+        }
         Residency::abandon(&this);
+    }
+}
+
+/// The device is lost, and not reset yet: there is time to take away what CPUs have in its aperture.
+impl WorkItem<3> for Gpu {
+    type Pointer = Arc<Gpu>;
+
+    fn run(this: Arc<Gpu>) {
+        Residency::begin_to_abandon(&this);
+        this.abandoned.complete_all();
     }
 }
 
@@ -397,6 +447,11 @@ impl Gpu {
     }
 
     /// What is to be seen of this device in debugfs.
+    /// The pages that are pinned.
+    pub(crate) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
     fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
         let mut rings = KVec::new();
         let mut queues = KVec::new();
@@ -411,7 +466,7 @@ impl Gpu {
         if let Some(copy) = &self.copy {
             queue("copy", copy.ring())?;
         }
-        debugfs::Directory::new(name, rings, queues)
+        debugfs::Directory::new(name, rings, queues, self.pins.clone())
     }
 
     /// Declares the device lost. It will be reset as soon as possible.
@@ -818,6 +873,11 @@ fn fault_request(opcode: u16, context: u32, fault: u64) -> abi::FaultRequest {
     }
 }
 
+/// Pages that are pinned at most.
+fn most_pins() -> usize {
+    (crate::module_parameters::pins.value() as usize).min(PIN_PAGES)
+}
+
 /// Pages of VRAM that are used at most: twice as many as the system has. The struct pages of more would take up too much of
 /// its memory.
 fn most_vram_pages() -> usize {
@@ -909,8 +969,23 @@ impl virtio::Driver for Gpu {
         let contexts = Contexts::new(config.max_contexts as usize)?;
         let vram = if config.num_rings > 1 { config.vram_size } else { 0 };
         let vram = usize::try_from(vram >> abi::PAGE_SHIFT)?.min(most_vram_pages());
-        let residency = Residency::new(contexts.clone());
-        let memory = DeviceMemory::new(c"pinion", vram, aperture(device, &config), PIN_PAGES, residency)?;
+        let memory = |aperture| {
+            let residency = Residency::new(contexts.clone());
+            DeviceMemory::new(c"pinion", vram, aperture, PIN_PAGES, residency)
+        };
+        let memory = match aperture(device, &config) {
+            Some(range) => memory(Some(range.clone())).or_else(|error| {
+                // That the CPU sees it is an advantage, and no more.
+                dev_err!(
+                    device.generic(),
+                    "the aperture at {:#x?} cannot be used: {:?}\n",
+                    range,
+                    error
+                );
+                memory(None)
+            })?,
+            None => memory(None)?,
+        };
         let transport = Transport::new::<Self>(device, &layouts)?;
         let mut rings = KVec::new();
         let mut copy = None;
@@ -943,6 +1018,7 @@ impl virtio::Driver for Gpu {
                 rings,
                 copy,
                 contexts,
+                pins: Arc::new(Pins::new(memory.clone(), most_pins()), GFP_KERNEL)?,
                 memory,
                 lost: Atomic::new(false),
                 large_pages: Atomic::new(true),
@@ -955,6 +1031,10 @@ impl virtio::Driver for Gpu {
                 loss_work <- new_work!("Gpu::loss_work"),
                 looking: Atomic::new(false),
                 look_work <- new_work!("Gpu::look_work"),
+                abandon_work <- new_work!("Gpu::abandon_work"),
+                abandoned <- Completion::new(),
+                shrinker <- new_mutex!(None, "Gpu::shrinker"),
+                pressure_work <- new_work!("Gpu::pressure_work"),
             }? Error),
             GFP_KERNEL,
         )
@@ -983,6 +1063,8 @@ impl virtio::Driver for Gpu {
         let node = KBox::pin_init(Node::with_poll(name, 0o666, this.clone()), GFP_KERNEL)?;
         *this.node.lock() = Some(node);
         *this.dmirror.lock() = dmirror::nodes(this)?;
+        let pressure = Arc::new(Pressure(this.clone()), GFP_KERNEL)?;
+        *this.shrinker.lock() = Some(Shrinker::new(c"pinion-pins", pressure)?);
         Ok(())
     }
 
@@ -1016,10 +1098,14 @@ impl virtio::Driver for Gpu {
         drop(nodes);
         let debug = this.debug.lock().take();
         drop(debug);
+        // What it has queued is waited for below.
+        let shrinker = this.shrinker.lock().take();
+        drop(shrinker);
         // As long as the device can still copy.
         Residency::evacuate(&this);
+        // If it was lost: what happens then has been done after this, or is done after the next.
+        ModuleQueue::Loss.flush();
         this.stop();
-        // If it was lost: what happens then has been done.
         ModuleQueue::Loss.flush();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
         // events queue the handling of faults.

@@ -14,6 +14,7 @@
 #include <linux/pagemap.h>
 #include <linux/scatterlist.h>
 #include <linux/semaphore.h>
+#include <linux/shrinker.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/workqueue.h>
@@ -131,6 +132,31 @@ void pinion_reinit_completion(struct completion *done)
 void pinion_sema_init(struct semaphore *sem, int count)
 {
 	sema_init(sem, count);
+}
+
+/* Shrinkers */
+
+struct shrinker *pinion_shrinker_register(const char *name, pinion_shrinker_fn *count, pinion_shrinker_fn *scan, void *data)
+{
+	struct shrinker *shrinker = shrinker_alloc(0, "%s", name);
+
+	if (!shrinker)
+		return NULL;
+	shrinker->count_objects = count;
+	shrinker->scan_objects = scan;
+	shrinker->private_data = data;
+	shrinker_register(shrinker);
+	return shrinker;
+}
+
+void *pinion_shrinker_data(struct shrinker *shrinker)
+{
+	return shrinker->private_data;
+}
+
+unsigned long pinion_shrink_wanted(struct shrink_control *control)
+{
+	return control->nr_to_scan;
 }
 
 /* Work queues */

@@ -39,6 +39,13 @@ void pinion_reinit_completion(struct completion *done);
 
 void pinion_sema_init(struct semaphore *sem, int count);
 
+struct shrinker;
+struct shrink_control;
+typedef unsigned long pinion_shrinker_fn(struct shrinker *shrinker, struct shrink_control *control);
+struct shrinker *pinion_shrinker_register(const char *name, pinion_shrinker_fn *count, pinion_shrinker_fn *scan, void *data);
+void *pinion_shrinker_data(struct shrinker *shrinker);
+unsigned long pinion_shrink_wanted(struct shrink_control *control);
+
 struct workqueue_struct *pinion_alloc_workqueue(bool reclaim);
 
 void pinion_interval_set_seq(struct mmu_interval_notifier *notifier, unsigned long seq);

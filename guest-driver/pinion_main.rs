@@ -7,7 +7,7 @@
 //! - abstractions over C interfaces, in which all `unsafe` lives: [`bindings`], [`sync`], [`virtio`],
 //!   [`chardev`], [`hmm`];
 //! - the driver: [`gpu`] (the device), [`fence`], [`submission`], [`address_space`] (what the GPU maps of a process),
-//!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`);
+//!   [`residency`] (how pages come home), [`file`] (`/dev/pinionN`), [`dmirror`] (the nodes for the kernel's hmm-tests);
 //! - the two interfaces: [`abi`] (the device's, shared with its implementation) and [`uapi`].
 
 use kernel::prelude::*;
@@ -25,8 +25,10 @@ mod fence_file;
 mod file;
 mod gpu;
 mod hmm;
+mod pins;
 mod residency;
 mod ring;
+mod shrinker;
 mod submission;
 mod sync;
 mod trace;
@@ -48,6 +50,10 @@ module! {
         timeout_ms: u32 {
             default: 10000,
             description: "Milliseconds after which a device that does not answer is lost",
+        },
+        pins: u32 {
+            default: 32768,
+            description: "Most pages that are pinned in place at a time for a device (at most 32768)",
         },
         contexts_per_user: u32 {
             default: 128,

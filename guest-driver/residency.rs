@@ -121,6 +121,8 @@ pub(crate) enum Which {
     Vram,
     /// Those in VRAM of that kind.
     Only(Kind),
+    /// Those that are pinned.
+    Pins,
     /// The one with this index, which is pinned.
     Pinned(usize),
     /// All. What was in the VRAM of a lost device comes home as zeros.
@@ -134,6 +136,8 @@ impl Which {
     fn includes(self, kind: Kind) -> bool {
         match self {
             Self::Only(this) => this == kind,
+            // What stands in for a pinned page is private.
+            Self::Pins => kind == Kind::Private,
             Self::Abandoned => kind == Kind::Coherent,
             Self::All | Self::Vram | Self::Pinned(_) | Self::Remains => true,
         }
@@ -145,7 +149,9 @@ impl Which {
             (_, Place::Lost) | (Self::Abandoned, _) => false,
             (Self::All, _) | (Self::Vram | Self::Only(_), Place::Device(_)) => true,
             (Self::Pinned(this), Place::Pinned(_)) => this == index,
-            (Self::Vram | Self::Only(_), Place::Pinned(_)) | (Self::Pinned(_), Place::Device(_)) => false,
+            (Self::Pins, Place::Pinned(_)) => true,
+            (Self::Vram | Self::Only(_), Place::Pinned(_))
+            | (Self::Pins | Self::Pinned(_), Place::Device(_)) => false,
         }
     }
 }
@@ -187,7 +193,7 @@ struct Journey<'a> {
 impl<'a> Journey<'a> {
     /// One of `count` pages at most.
     fn new(memory: &'a DeviceMemory<Residency>, count: usize, which: Which) -> Result<Self, Trouble> {
-        let copies = if matches!(which, Which::Pinned(_)) {
+        let copies = if matches!(which, Which::Pins | Which::Pinned(_)) {
             0
         } else {
             count
@@ -542,6 +548,10 @@ impl Residency {
                 let Some(owner) = memory.owner(kind).filter(|_| which.includes(kind)) else {
                     continue;
                 };
+                // Nothing is looked for in vain: for coherent pages that would take away what the GPU mirrors there.
+                if kind == Kind::Coherent && memory.usage(kind).used == 0 {
+                    continue;
+                }
                 match migrate::setup_home(&mmap, start..end, kind, owner) {
                     Ok(unmapped) if which == Which::Abandoned => count += Self::lose(memory, unmapped),
                     Ok(unmapped) => match Self::bring_home(memory, unmapped, which) {
@@ -560,7 +570,7 @@ impl Residency {
     }
 
     /// Where the pages of `pages` are mapped: pages that follow each other as one.
-    fn runs(
+    pub(crate) fn runs(
         memory: &DeviceMemory<Self>,
         pages: impl Iterator<Item = DevicePage>,
     ) -> Result<KVVec<(Mapped, usize)>> {
@@ -619,7 +629,7 @@ impl Residency {
             let Some(block) = memory.coldest(kind) else {
                 return false;
             };
-            Self::evict(gpu, block, Which::Vram);
+            Self::evict(gpu, block, Which::Only(kind));
         }
         memory.has_room(kind, pages)
     }
@@ -667,7 +677,7 @@ impl Residency {
         let memory = gpu.memory();
         for _ in 0..rounds {
             for block in memory.blocks_in_use() {
-                Self::evict(gpu, block, Which::Vram);
+                Self::evict(gpu, block, Which::Only(memory.kind_of(block)));
                 if memory.used_in(block) == 0 || gpu.is_lost() {
                     continue;
                 }
@@ -715,6 +725,18 @@ impl Residency {
         journey.put_back();
         moved.finish();
         count
+    }
+
+    /// The device is lost, and has perhaps not been reset: does of [`Self::abandon`] what takes nothing of the device, and is
+    /// not the last word.
+    pub(crate) fn begin_to_abandon(gpu: &Gpu) {
+        let memory = gpu.memory();
+        memory.close_device();
+        for block in memory.blocks_in_use() {
+            if memory.kind_of(block) == Kind::Coherent {
+                Self::evict(gpu, block, Which::Abandoned);
+            }
+        }
     }
 
     /// The device is lost and has been reset, so that there is no telling what the CPU sees in the aperture: takes away what

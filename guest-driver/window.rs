@@ -6,7 +6,10 @@ use crate::{
     abi,
     address_space::Statistics,
     gpu::Gpu,
-    hmm::notifier::{Event, Mirror, Owner},
+    hmm::{
+        memory::Kind,
+        notifier::{Event, Mirror, Owner},
+    },
     trace,
 };
 use core::ops::Range;
@@ -45,7 +48,11 @@ pub(crate) struct Window {
 
 impl Mirror for Window {
     fn ignores(&self, event: &Event<'_>) -> bool {
+        // Coherent pages of a lost device go to nobody else: it does not matter whether it still maps them, and whoever takes
+        // them away must not wait for its reset, which waits for that.
+        let abandoned = |owner| self.gpu.is_lost() && event.is_by(owner);
         self.ours.iter().any(|owner| event.is_by(*owner))
+            || self.gpu.memory().owner(Kind::Coherent).is_some_and(abandoned)
     }
 
     fn invalidate(&mut self, range: Range<usize>, may_wait: bool) -> bool {

@@ -23,6 +23,8 @@ use kernel::{
 
 /// How often a piece is tried to be moved to VRAM while others get in the way.
 const MOVE_ATTEMPTS: u32 = 10;
+/// How often a piece is tried to be brought home while there is no memory for it.
+const HOME_ATTEMPTS: u32 = 3;
 /// How often something is tried to be mapped for an access that is still to come.
 const AHEAD_ATTEMPTS: usize = 3;
 
@@ -254,13 +256,19 @@ impl AddressSpace {
     pub(crate) fn migrate_home(&self, range: Range<usize>, kind: Kind) -> Result<usize> {
         let mut count = 0;
         self.for_each_piece(range, |_, piece| {
-            count += match self.home(piece, Which::Only(kind), true) {
-                Ok(count) => count,
-                Err(Trouble::Busy) => 0,
-                Err(Trouble::NoMemory) => return Err(ENOMEM),
-                Err(Trouble::Lost) => return Err(EIO),
-            };
-            Ok(())
+            for attempt in 0..HOME_ATTEMPTS {
+                match self.home(piece.clone(), Which::Only(kind), true) {
+                    Ok(home) => {
+                        count += home;
+                        return Ok(());
+                    }
+                    Err(Trouble::Busy) => return Ok(()),
+                    // What has come home meanwhile needs no room any more, and reclaim may have made some.
+                    Err(Trouble::NoMemory) => self.pause(attempt)?,
+                    Err(Trouble::Lost) => return Err(EIO),
+                }
+            }
+            Err(ENOMEM)
         })?;
         Ok(count)
     }

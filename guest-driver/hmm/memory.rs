@@ -239,6 +239,8 @@ struct Table<T> {
     /// The rest of it.
     private: Blocks,
     stand_ins: Blocks,
+    /// From where on stand-ins are looked for that are to go home for others.
+    hand: usize,
     /// No page of the device's memory is to be allocated any more.
     closed: bool,
     /// The coherent pages are not there, for all that was said.
@@ -367,6 +369,7 @@ impl<H: Handler> DeviceMemory<H> {
             coherent,
             private,
             stand_ins,
+            hand: 0,
             closed: false,
             withdrawn: false,
         };
@@ -443,17 +446,17 @@ impl<H: Handler> DeviceMemory<H> {
         }
     }
 
-    /// Takes a free stand-in for a page that is to be pinned.
+    /// Takes a free stand-in for a page that is to be pinned, unless `limit` of them are in use.
     ///
     /// # Errors
     ///
     /// ENOSPC.
-    pub(crate) fn allocate_stand_in(&self) -> Result<NewDevicePage> {
+    pub(crate) fn allocate_stand_in(&self, limit: usize) -> Result<NewDevicePage> {
         let index = {
             let mut table = self.table.lock();
             // The rest is set aside, see below.
             let free = table.stand_ins.pages() - table.stand_ins.used();
-            let free = free > table.coherent.pages();
+            let free = free > table.coherent.pages() && table.stand_ins.used() < limit;
             free.then(|| table.stand_ins.allocate_page()).flatten()
         };
         self.initialise(index.ok_or(ENOSPC)? + self.device, 0)
@@ -686,6 +689,38 @@ impl<H: Handler> DeviceMemory<H> {
                 each(page);
             }
             next = index + 1;
+        }
+    }
+
+    /// Stand-ins that are in use.
+    pub(crate) fn pinned(&self) -> usize {
+        self.table.lock().stand_ins.used()
+    }
+
+    /// Fills `pages` up to its capacity with stand-ins that have data, beginning where the last call ended and at most once round.
+    pub(crate) fn next_pinned(&self, pages: &mut KVec<DevicePage>) {
+        let mut left = self.count() - self.device;
+        while left > 0 && pages.len() < pages.capacity() {
+            let index = {
+                let mut table = self.table.lock();
+                if table.stand_ins.used() == 0 {
+                    return;
+                }
+                let index = table.hand.max(self.device);
+                // Those that are looked at with interrupts disabled, as below.
+                let end = self.count().min(index + left.min(512));
+                let found = table.entries[index..end]
+                    .iter()
+                    .position(|entry| entry.data.is_some());
+                let next = found.map_or(end, |found| index + found + 1);
+                left -= next - index;
+                table.hand = if next < self.count() { next } else { self.device };
+                found.map(|found| index + found)
+            };
+            if let Some(page) = index.and_then(|index| self.page(index)) {
+                // There is room, as above.
+                let _ = pages.push_within_capacity(page);
+            }
         }
     }
 

@@ -260,7 +260,7 @@ struct pinion_advise {
 /*
  * The part of device memory that the CPU can access, as long as there is room: an access by the GPU brings a page there, and it
  * stays. Both access it at the same time, and atomic operations of both on the same number are atomic. Once the device is lost
- * such a page may read as anything until the driver has noticed; from then on it is lost, or has been saved. See docs/driver.md.
+ * the pages there are, and whoever touches them gets SIGBUS. docs/driver.md says what can be seen before that.
  */
 #define PINION_LOCATION_APERTURE	3
 

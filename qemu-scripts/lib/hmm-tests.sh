@@ -3,9 +3,9 @@
 #
 # The kernel's hmm-tests on Pinion: one result for each of them. Used by qemu-scripts/test only, whose counters this adds to.
 
-# What a guest takes for them: two GPUs, for two of the device-private and two of the device-coherent nodes, and more VRAM than the
-# 256 MiB that the benchmark among the tests moves at once.
-readonly HMM_GUEST=(--selftests --devices 2 --memory 3G --device-option --vram=512M --timeout 900)
+# What a guest takes for them: two GPUs, each with VRAM that the CPU sees and VRAM that it does not see. The benchmark among the tests moves 256 MiB
+# to either at once.
+readonly HMM_GUEST=(--selftests --devices 2 --memory 3G --device-option --vram=1G --device-option --aperture=512M --timeout 900)
 
 # hmm_tests NAME PASSES SKIPS OPTION…: runs them in a guest, where that many are to pass and to be skipped.
 hmm_tests() {

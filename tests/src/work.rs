@@ -11,7 +11,7 @@ use crate::{Failure, Mapping, ensure_eq, patiently};
 /// Time for work that takes none to speak of.
 #[must_use]
 pub fn soon() -> Duration {
-    patiently(Duration::from_secs(10))
+    patiently(Duration::from_secs(30))
 }
 
 /// Queues commands.

@@ -19,6 +19,8 @@ mod ownership;
 
 /// What `qemu-scripts/run` says when it is to blame, or the guest's kernel, and not the command.
 const FIRST_STATUS_OF_ITS_OWN: i32 = 109;
+/// The module could not be loaded.
+const STATUS_DRIVER: i32 = 116;
 
 /// A guest to run something in.
 #[derive(Clone, Copy)]
@@ -74,7 +76,7 @@ impl Guest {
     fn run_and(self, command: &[&str], mut act: impl FnMut(u32)) -> Ended {
         let _turn = turn();
         let log = log_file();
-        let timeout = if self.kernel == "debug" { "1800" } else { "300" };
+        let timeout = if self.kernel == "debug" { "1800" } else { "900" };
         let mut child = Command::new(script("run"))
             .args(["--kernel", self.kernel, "--timeout", timeout, "--log"])
             .arg(&log)
@@ -239,7 +241,7 @@ fn guest_tests_with_aperture(guest: Guest) {
         ],
         ..guest
     };
-    run_guest_tests(guest, &["aperture"]);
+    run_guest_tests(guest, &["aperture_"]);
 }
 
 /// Those that are about two GPUs.
@@ -248,7 +250,25 @@ fn guest_tests_with_two_gpus(guest: Guest) {
         options: &["--memory", "2G", "--devices", "2"],
         ..guest
     };
-    run_guest_tests(guest, &["two_gpus"]);
+    run_guest_tests(guest, &["two_gpus_"]);
+}
+
+/// Those that are about two GPUs with VRAM which the CPU sees.
+fn guest_tests_with_two_apertures(guest: Guest) {
+    let guest = Guest {
+        options: &[
+            "--memory",
+            "2G",
+            "--devices",
+            "2",
+            "--device-option",
+            "--vram=32M",
+            "--device-option",
+            "--aperture=8M",
+        ],
+        ..guest
+    };
+    run_guest_tests(guest, &["apertures_of_two"]);
 }
 
 /// The demonstration as a person runs it.
@@ -265,7 +285,7 @@ fn demonstration(guest: Guest) {
         log: log_end(),
     };
     let ended = ended.must_succeed();
-    for row in ["unprotected", "pin"] {
+    for row in ["unprotected", "pin", "exclusive", "migrate"] {
         assert!(
             ended.stdout().lines().any(|line| line.starts_with(row)),
             "row {row}:\n{}",
@@ -274,7 +294,7 @@ fn demonstration(guest: Guest) {
     }
 }
 
-/// The unprotected row loses increments, the protected one none, in ten runs of ten (in one guest).
+/// The unprotected row loses increments, the protected ones none, in ten runs of ten (in one guest).
 fn contention_ten_times(guest: Guest) {
     let script = "for i in 0 1 2 3 4 5 6 7 8 9; do contention --json --duration 300 || exit 1; done";
     let ended = guest.run(&["sh", "-c", script]).must_succeed();
@@ -292,10 +312,42 @@ fn contention_ten_times(guest: Guest) {
             .map(|number| number.parse().expect("a number"))
             .collect()
     };
-    let (unprotected, pin) = (lost("unprotected"), lost("pin"));
+    let unprotected = lost("unprotected");
     assert_eq!(unprotected.len(), 10, "{}", ended.everything());
     assert!(unprotected.iter().all(|lost| *lost > 0), "{unprotected:?}");
-    assert_eq!(pin, [0; 10], "{}", ended.everything());
+    for row in ["pin", "exclusive", "migrate"] {
+        assert_eq!(lost(row), [0; 10], "row {row}: {}", ended.everything());
+    }
+}
+
+/// Under full contention for two seconds neither side makes less than 5 % of all increments, however many CPU threads and rings
+/// there are. Commands are long enough that a ring has something left to do when the CPU takes its page.
+fn both_sides_get_on(guest: Guest) {
+    let script = "for threads in 1 2 4; do for rings in 1 2 3 4; do
+        contention --json --mode pin --mode exclusive --mode migrate --mode auto --duration 2000 --repeat 8192 \
+            --least-share 5 --threads $threads --rings $rings || { echo \"threads $threads, rings $rings\"; exit 1; }
+        done; done";
+    // Four for programs, and the driver's own.
+    let guest = Guest {
+        options: &["--rings", "5"],
+        ..guest
+    };
+    let ended = guest.run(&["sh", "-c", script]).must_succeed();
+    let rows = ended
+        .stdout()
+        .lines()
+        .filter(|line| line.contains("gpu_share"))
+        .count();
+    assert_eq!(rows, 3 * 4 * 4, "{}", ended.everything());
+}
+
+/// Those that are about a low limit for pins.
+fn guest_tests_with_few_pins(guest: Guest) {
+    let guest = Guest {
+        options: &["--driver-option", "pins=64"],
+        ..guest
+    };
+    run_guest_tests(guest, &["few_pins"]);
 }
 
 /// A command must fail, by its own judgement and not for want of a guest, and say one of the things that show what
@@ -489,12 +541,10 @@ fn measurements(guest: Guest) {
                     "{row:?}"
                 );
                 if row.mechanism == "pin" {
-                    // One to map them all and let the GPU go on, one to invalidate.
-                    assert_eq!(
-                        (row.acquire_trips, row.release_at_once_trips),
-                        (1.0, Some(1.0)),
-                        "{row:?}"
-                    );
+                    // One to map them all and let the GPU go on (and a PING, if the driver happens to send one while there is
+                    // work); one to invalidate, and one to let the GPU access them where they are.
+                    assert!((1.0..=2.0).contains(&row.acquire_trips), "{row:?}");
+                    assert_eq!(row.release_at_once_trips, Some(2.0), "{row:?}");
                     // By faults of the CPU, eight come home one by one, and then the rest.
                     if row.pages == 512 {
                         assert!(row.release_trips <= 10.0, "{row:?}");
@@ -522,6 +572,27 @@ fn measurements(guest: Guest) {
     assert_eq!(ratios, 52);
 }
 
+/// The nodes for the kernel's hmm-tests, with both mechanisms for exclusive access. (The tests themselves are `qemu-scripts/test hmm`.)
+fn dmirror(guest: Guest) {
+    const BY_KERNEL: &[&str] = &["--driver-option", "dmirror=1"];
+    const BY_PINNING: &[&str] = &["--driver-option", "dmirror=2"];
+    for (options, mechanism) in [(BY_KERNEL, "exclusive"), (BY_PINNING, "pin")] {
+        Guest { options, ..guest }
+            .run(&["dmirror", mechanism])
+            .must_succeed();
+    }
+}
+
+#[test]
+fn a_value_of_dmirror_that_is_not_known_keeps_the_module_out() {
+    let guest = Guest {
+        options: &["--driver-option", "dmirror=3"],
+        ..PIN
+    };
+    let ended = guest.run(&["true"]);
+    assert_eq!(ended.status(), STATUS_DRIVER, "{}", ended.everything());
+}
+
 macro_rules! on_each_kernel {
     ($($name:ident)*) => {
         mod pin {
@@ -533,8 +604,9 @@ macro_rules! on_each_kernel {
     };
 }
 
-on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus examples demonstration contention_ten_times
-measurements device_loss device_loss_in_vram device_loss_during_eviction ownership_matrix }
+on_each_kernel! { guest_tests guest_tests_in_small_vram guest_tests_with_aperture guest_tests_with_two_gpus
+guest_tests_with_two_apertures guest_tests_with_few_pins examples demonstration contention_ten_times both_sides_get_on
+measurements device_loss device_loss_in_vram device_loss_during_eviction dmirror ownership_matrix }
 
 /// Whether it finds what is to be found, not how fast.
 mod debug {

@@ -174,7 +174,8 @@ pub struct Scenario {
     /// A handler that was too late tries again only when the others have got as far as they can: what its growing
     /// pauses come to after a few attempts.
     pub patient: bool,
-    /// Pinning does not mind revocations that came before the page was unmapped and locked. (The driver does.)
+    /// Pinning does not mind revocations that came before the page was unmapped and locked, as in the driver
+    /// (`Sequence::forget_revocations`).
     pub fresh_revocations: bool,
     /// What is left out.
     pub omission: Option<Omission>,

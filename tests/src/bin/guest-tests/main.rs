@@ -14,6 +14,7 @@ mod lifetime;
 mod meanwhile;
 mod observing;
 mod ownership;
+mod pins;
 mod several;
 mod submitting;
 mod support;
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 use crate::support::{Outcome, Test};
 
 /// Longest time that a test may take, where nothing slows it down.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(100);
 
 /// The exit status of a test that was skipped (as in the kernel's selftests).
 const SKIPPED: u8 = 4;
@@ -43,6 +44,7 @@ fn all() -> Vec<Test> {
         commands::TESTS,
         access::TESTS,
         ownership::TESTS,
+        pins::TESTS,
         vram::TESTS,
         kinds::TESTS,
         meanwhile::TESTS,
@@ -54,7 +56,7 @@ fn all() -> Vec<Test> {
 
 /// Those that run only when they are asked for.
 fn on_request() -> Vec<Test> {
-    [vram::FILLING, several::TESTS, aperture::TESTS].concat()
+    [vram::FILLING, several::TESTS, aperture::TESTS, pins::FEW].concat()
 }
 
 /// Runs a test in this process.

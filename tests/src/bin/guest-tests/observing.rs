@@ -19,10 +19,10 @@ tests! {
 }
 
 /// A file system that is mounted while this exists.
-struct Mount(PathBuf);
+pub(crate) struct Mount(pub(crate) PathBuf);
 
 impl Mount {
-    fn new(kind: &str) -> Result<Self, Failure> {
+    pub(crate) fn new(kind: &str) -> Result<Self, Failure> {
         let place = PathBuf::from(format!("/tmp/{kind}-{}", std::process::id()));
         fs::create_dir(&place)?;
         let (place_c, kind_c) = (
@@ -122,7 +122,7 @@ fn tracepoints_tell_what_happens() -> TestResult {
 }
 
 /// The numbers of a row of a table, by the names in its first line.
-fn row(file: &Path, index: usize) -> Result<Vec<(String, i64)>, Failure> {
+pub(crate) fn row(file: &Path, index: usize) -> Result<Vec<(String, i64)>, Failure> {
     let text = fs::read_to_string(file)?;
     let mut lines = text.lines();
     let names = lines.next().ok_or("an empty file")?.split_whitespace();
@@ -133,7 +133,7 @@ fn row(file: &Path, index: usize) -> Result<Vec<(String, i64)>, Failure> {
         .collect())
 }
 
-fn number(row: &[(String, i64)], name: &str) -> Result<i64, Failure> {
+pub(crate) fn number(row: &[(String, i64)], name: &str) -> Result<i64, Failure> {
     let found = row.iter().find(|(found, _)| found == name);
     Ok(found.ok_or_else(|| format!("no {name} in {row:?}"))?.1)
 }

@@ -153,10 +153,15 @@ impl Panel {
         for decade in 0..=scale.decades as i32 {
             let value = 10_f64.powi(-decade);
             let y = scale.y(value);
+            let label = if decade < 3 {
+                format!("{value}")
+            } else {
+                format!("{value:e}")
+            };
             let _ = writeln!(
                 out,
                 "<line class=\"grid\" x1=\"{left}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>\n\
-                 <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{value}</text>",
+                 <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
                 left - 8.0,
                 y + 4.0
             );
@@ -239,7 +244,7 @@ mod tests {
         assert_eq!(picture.matches(">100 %<").count(), 2);
         assert!(picture.contains(">pin<") && picture.contains(">migrate<"));
         // The axis goes down to where the least value is, which is drawn at its end.
-        assert!(picture.contains(">0.0001<") && !picture.contains(">0.00001<"));
+        assert!(picture.contains(">1e-4<") && !picture.contains(">1e-5<"));
         let bottom = format!(",{:.1}\"", TOP + PLOT_HEIGHT);
         assert!(picture.contains(&bottom), "{picture}");
     }

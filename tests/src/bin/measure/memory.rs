@@ -92,6 +92,13 @@ pub(crate) fn all_are(gpu: &Gpu, memory: &Mapping, state: PageState) -> Result<b
     Ok(pages.iter().all(|page| page.state == state))
 }
 
+/// Whether the CPU can access all pages, whether or not the GPU can, too.
+pub(crate) fn all_are_home(gpu: &Gpu, memory: &Mapping) -> Result<bool, Failure> {
+    let pages = gpu.query(memory.as_ptr(), memory.len())?;
+    let is_home = |state| matches!(state, PageState::Cpu | PageState::Mirrored);
+    Ok(pages.iter().all(|page| is_home(page.state)))
+}
+
 /// The time that work may take, however slow the machine is.
 pub(crate) fn patience() -> Duration {
     patiently(Duration::from_secs(30))

@@ -24,7 +24,7 @@ pub(crate) struct Amount {
 impl Amount {
     /// Enough to say something, or a trial.
     pub(crate) fn new(quick: bool) -> Self {
-        let (turns, period, limit) = if quick { (2, 0, 0) } else { (25, 3, 12) };
+        let (turns, period, limit) = if quick { (3, 0, 0) } else { (25, 3, 12) };
         Self {
             turns,
             period: Duration::from_secs(period),
