@@ -293,13 +293,14 @@ struct page *pinion_alloc_vma_page(struct vm_area_struct *vma, unsigned long add
 	return folio_page(folio, 0);
 }
 
-struct page *pinion_alloc_page(void)
+struct page *pinion_alloc_page(unsigned int order)
 {
-	struct page *page = alloc_page(GFP_HIGHUSER_MOVABLE);
+	struct folio *folio = folio_alloc(order ? GFP_TRANSHUGE : GFP_HIGHUSER_MOVABLE, order);
 
-	if (page)
-		lock_page(page);
-	return page;
+	if (!folio)
+		return NULL;
+	folio_lock(folio);
+	return folio_page(folio, 0);
 }
 
 void pinion_clear_pages(struct page *page, unsigned int order)

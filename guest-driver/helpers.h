@@ -71,7 +71,7 @@ struct page *pinion_folio_page(struct folio *folio);
 unsigned int pinion_page_order(struct page *page);
 unsigned long pinion_totalram_pages(void);
 struct page *pinion_alloc_vma_page(struct vm_area_struct *vma, unsigned long address, unsigned int order);
-struct page *pinion_alloc_page(void);
+struct page *pinion_alloc_page(unsigned int order);
 void pinion_clear_pages(struct page *page, unsigned int order);
 bool pinion_vma_is_shared(struct vm_area_struct *vma);
 bool pinion_vma_is_writable(struct vm_area_struct *vma);

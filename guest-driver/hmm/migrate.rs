@@ -475,11 +475,8 @@ impl<'a> Unmapped<'a> {
     pub(crate) fn allocate(&self, index: usize, order: u32) -> Option<NewSystemPage> {
         let entries = self.entries.as_ref()?;
         if entries.args.vma.is_null() {
-            return if order == 0 {
-                NewSystemPage::anywhere()
-            } else {
-                None
-            };
+            // A folio that is not reached through a process goes as it is: the kernel splits it for a process only.
+            return NewSystemPage::anywhere(order);
         }
         // SAFETY: The vma is valid while this exists.
         unsafe { NewSystemPage::new(entries.args.vma, entries.args.start + index * PAGE_SIZE, order) }

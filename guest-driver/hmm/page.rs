@@ -91,15 +91,15 @@ impl NewSystemPage {
         })
     }
 
-    /// Allocates a page for whatever comes.
-    pub(super) fn anywhere() -> Option<Self> {
+    /// Allocates a folio for whatever comes. Takes the trouble to make room for a large one.
+    pub(super) fn anywhere(order: u32) -> Option<Self> {
         // SAFETY: No preconditions.
-        let page = unsafe { c::pinion_alloc_page() };
+        let page = unsafe { c::pinion_alloc_page(order) };
         // INVARIANT: The helper has locked it.
         (!page.is_null()).then(|| Self {
             // SAFETY: It is a page.
             first: unsafe { Pfn::of(page) },
-            order: 0,
+            order,
         })
     }
 

@@ -657,6 +657,15 @@ fn a_stale_tlb_is_caught_by_the_guest_tests() {
 }
 
 #[test]
+fn a_stale_tlb_is_caught_by_the_ownership_matrix() {
+    must_be_caught(
+        STALE_TLB,
+        &["ownership", "mprotect-read-only/mirrored"],
+        &["\"end\":{\"error\":"],
+    );
+}
+
+#[test]
 fn the_status_of_a_command_is_passed_on() {
     assert_eq!(PIN.run(&["sh", "-c", "exit 7"]).status(), 7);
 }

@@ -174,10 +174,7 @@ fn device_reset(cell: &Cell<'_>) -> Result<Outcome, Failure> {
     // Work on which it can happen, until it has. There is no telling when.
     let started = Instant::now();
     let mut ended = false;
-    loop {
-        let Ok(work) = submit_on(subject.gpu(), 0, &[Command::nop()]) else {
-            break;
-        };
+    while let Ok(work) = submit_on(subject.gpu(), 0, &[Command::nop()]) {
         let completion = subject.gpu().wait(work, patiently(Duration::from_secs(20)))?;
         match completion.status {
             Status::Ok => {}
