@@ -87,7 +87,10 @@ pub(crate) fn parameter() -> Result<Option<Atomics>> {
         0 => Ok(None),
         1 => Ok(Some(Atomics::Exclusive)),
         2 => Ok(Some(Atomics::Pin)),
-        _ => Err(EINVAL),
+        value => {
+            pr_err!("dmirror={}: 0, 1 or 2 is wanted\n", value);
+            Err(EINVAL)
+        }
     }
 }
 

@@ -42,6 +42,9 @@ const PAUSE: Delta = Delta::from_millis(1);
 const PATIENCE: u32 = 5000;
 /// Tries to get pages out of VRAM while the device still lives: what is left then is lost.
 const ROUNDS: usize = 3000;
+/// Tries to take away what CPUs have in a lost device's aperture before it is reset: fewer than fit into the time for which the
+/// reset is put off.
+const ROUNDS_BEFORE_RESET: usize = 200;
 /// Pages that come home from VRAM when the CPU touches one of them: 64 KiB.
 const AROUND: usize = 16;
 /// Pinned pages that the CPU takes back one after the other, as they follow each other in memory, before it gets the rest of
@@ -728,14 +731,21 @@ impl Residency {
     }
 
     /// The device is lost, and has perhaps not been reset: does of [`Self::abandon`] what takes nothing of the device, and is
-    /// not the last word.
+    /// not the last word. Pages that were being moved when the device was lost are locked until they are back where they were;
+    /// so it looks again, for as long as the reset is put off at most.
     pub(crate) fn begin_to_abandon(gpu: &Gpu) {
         let memory = gpu.memory();
         memory.close_device();
-        for block in memory.blocks_in_use() {
-            if memory.kind_of(block) == Kind::Coherent {
-                Self::evict(gpu, block, Which::Abandoned);
+        for _ in 0..ROUNDS_BEFORE_RESET {
+            for block in memory.blocks_in_use() {
+                if memory.kind_of(block) == Kind::Coherent {
+                    Self::evict(gpu, block, Which::Abandoned);
+                }
             }
+            if memory.usage(Kind::Coherent).used == 0 {
+                return;
+            }
+            fsleep(PAUSE);
         }
     }
 
