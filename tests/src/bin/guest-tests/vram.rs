@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pinion_client::{Atomics, Command, Gpu, Location, PageState, Status};
 use pinion_tests::smaps::kilobytes;
-use pinion_tests::{Failure, Mapping, repeatedly};
+use pinion_tests::{Failure, Mapping, module, repeatedly};
 
 use crate::support::{
     Outcome, PASSED, TestResult, add, ensure, ensure_eq, execute, execute_ok, fork, join, meminfo, open,
@@ -32,6 +32,7 @@ tests! {
     discarded_in_vram_but_shared_with_a_child
     prefetched_to_system_memory
     in_vram_then_moved
+    in_vram_then_moved_and_left_by_the_driver
     in_vram_then_write_protected
     in_vram_then_forked_child_first
     in_vram_then_forked_parent_first
@@ -562,6 +563,31 @@ fn in_vram_then_moved() -> TestResult {
         let completion = execute(&other, &[Command::copy(old, copy.as_ptr(), 8)])?;
         ensure_eq!(completion.status, Status::Fault, "where it was");
         check(&memory, 13)?;
+    }
+    PASSED
+}
+
+/// Nobody leads the driver to what has moved, and whose file was closed: it has to find that by itself when it goes.
+fn in_vram_then_moved_and_left_by_the_driver() -> TestResult {
+    let Ok(file) = std::fs::File::open(module::FILE) else {
+        return Ok(Outcome::Skipped(format!(
+            "there is no {} to load again",
+            module::FILE
+        )));
+    };
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE] {
+        let (gpu, mut memory) = vram!(1, advice, 31);
+        memory.remap_to(memory_of(1, advice)?)?;
+        drop(gpu);
+        module::unload()?;
+        check(&memory, 31)?;
+        module::load(&file)?;
+        let deadline = Instant::now() + soon();
+        while !std::path::Path::new(pinion_tests::DEVICE).exists() {
+            ensure!(Instant::now() < deadline, "the device file has not come back");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        copy_and_check(&open()?, &memory, 31)?;
     }
     PASSED
 }
