@@ -802,7 +802,9 @@ impl Residency {
         );
         let mut round = 0u32;
         loop {
+            // What somebody is moving or pinning right now has no data yet, and is not found: but it is in use, and will have.
             let left = Self::evict_once(gpu) + gpu.contexts().all_leaving();
+            let left = left.max(memory.used() + memory.pinned());
             if left == 0 {
                 return;
             }
