@@ -574,6 +574,10 @@ fn carry_out(entries: &mut Entries, each: &mut dyn FnMut(usize, Outcome)) {
             continue;
         };
         if entries.purpose == Purpose::Move {
+            if page.is_coherent() {
+                // As above: the kernel may move it home itself, for a long-term pin, and then nobody else says so.
+                pfn.mark_dirty();
+            }
             each(index, Outcome::Away(page, order));
             continue;
         }
