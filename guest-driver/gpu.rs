@@ -87,7 +87,7 @@ pub(crate) struct Contexts {
     /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
     taken: SpinLock<KVVec<Option<Holder>>>,
-    /// How many pinned pages of each context are on their way home.
+    /// How many pages of each context are on their way home.
     leaving: KVVec<Atomic<i32>>,
 }
 
