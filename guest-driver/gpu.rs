@@ -87,7 +87,7 @@ pub(crate) struct Contexts {
     /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
     taken: SpinLock<KVVec<Option<Holder>>>,
-    /// How many pinned pages of each context are on their way home.
+    /// How many pages of each context are on their way home.
     leaving: KVVec<Atomic<i32>>,
 }
 
@@ -251,7 +251,7 @@ pub(crate) struct Gpu {
     look_work: Work<Gpu, 2>,
     #[pin]
     abandon_work: Work<Gpu, 3>,
-    /// `abandon_work` has run.
+    /// `abandon_work` has done what it can before the reset.
     #[pin]
     abandoned: Completion,
     /// While the driver is bound.
@@ -297,31 +297,31 @@ impl WorkItem<1> for Gpu {
 
     fn run(this: Arc<Gpu>) {
         // The aperture goes with the reset, and what CPUs read there afterwards is anything. Better to take it away from
-        // them before; but others wait for the reset with locks held that this may take.
+        // them before; but others wait for the reset with locks held that this may take. And it allocates memory, for which
+        // reclaim may need the reset: so it is not for this queue, and is not waited for once it comes to that.
         let any = this.memory.usage(Kind::Coherent).used > 0;
-        let queue = ModuleQueue::Submissions.get().filter(|_| any);
-        let begun = queue.is_some_and(|queue| queue.enqueue::<_, 3>(this.clone()).is_ok());
-        if begun && this.abandoned.wait(ABANDON_PATIENCE).is_err() {
+        let begun = ModuleQueue::Faults
+            .get()
+            .is_some_and(|queue| queue.enqueue::<_, 3>(this.clone()).is_ok());
+        if any && begun && this.abandoned.wait(ABANDON_PATIENCE).is_err() {
             dev_dbg!(
                 this.device,
                 "not all of the aperture is taken away before the reset\n"
             );
         }
         this.stop();
-        while begun && this.abandoned.wait(timeout()).is_err() {
-            dev_err!(this.device, "still waiting for lost pages to be taken away\n");
-        }
-        Residency::abandon(&this);
     }
 }
 
-/// The device is lost, and not reset yet: there is time to take away what CPUs have in its aperture.
+/// The device is lost, and perhaps not reset yet: takes away what CPUs have in its aperture.
 impl WorkItem<3> for Gpu {
     type Pointer = Arc<Gpu>;
 
     fn run(this: Arc<Gpu>) {
         Residency::begin_to_abandon(&this);
         this.abandoned.complete_all();
+        this.wait_stopped();
+        Residency::abandon(&this);
     }
 }
 
@@ -446,12 +446,12 @@ impl Gpu {
         self.lost.load(Acquire)
     }
 
-    /// What is to be seen of this device in debugfs.
     /// The pages that are pinned.
     pub(crate) fn pins(&self) -> &Arc<Pins> {
         &self.pins
     }
 
+    /// What is to be seen of this device in debugfs.
     fn debug_directory(&self, name: &CStr) -> Result<Pin<KBox<debugfs::Directory>>> {
         let mut rings = KVec::new();
         let mut queues = KVec::new();
@@ -1103,12 +1103,12 @@ impl virtio::Driver for Gpu {
         drop(shrinker);
         // As long as the device can still copy.
         Residency::evacuate(&this);
-        // If it was lost: what happens then has been done after this, or is done after the next.
+        // If it was lost: it has been reset after this, or is after the next.
         ModuleQueue::Loss.flush();
         this.stop();
         ModuleQueue::Loss.flush();
         // Whoever is pinning a page is done after this, and whoever comes later finds the device lost. Twice, for
-        // events queue the handling of faults.
+        // events queue the handling of faults. And what CPUs had in the aperture of a lost device has been taken away.
         ModuleQueue::Faults.flush();
         ModuleQueue::Faults.flush();
         Residency::evict_all(&this);

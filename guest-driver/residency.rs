@@ -441,6 +441,11 @@ impl Residency {
         };
     }
 
+    /// Takes note that what comes next is not part of a row.
+    fn end_row(&self) {
+        *self.streak.lock() = Streak::default();
+    }
+
     /// Says which device it is, or that there is none any more.
     pub(crate) fn set_gpu(&self, gpu: Option<Arc<Gpu>>) {
         let old = core::mem::replace(&mut *self.gpu.lock(), gpu);
@@ -802,7 +807,9 @@ impl Residency {
         );
         let mut round = 0u32;
         loop {
+            // What somebody is moving or pinning right now has no data yet, and is not found: but it is in use, and will have.
             let left = Self::evict_once(gpu) + gpu.contexts().all_leaving();
+            let left = left.max(memory.used() + memory.pinned());
             if left == 0 {
                 return;
             }
@@ -859,6 +866,11 @@ impl Handler for Residency {
                 // A page that could not be brought home is where it was; the CPU tries again.
                 Err(Trouble::Busy) => Outcome::Done,
                 Err(Trouble::NoMemory) => Outcome::OutOfMemory,
+                // What is lost is something next to it in VRAM. The CPU tries again, and gets this page alone.
+                Err(Trouble::Lost) if around > 1 && matches!(found, Some((Place::Pinned(_), _))) => {
+                    handler.end_row();
+                    Outcome::Done
+                }
                 Err(Trouble::Lost) => Outcome::Lost,
             },
             Err(error) if error == EBUSY => Outcome::Done,

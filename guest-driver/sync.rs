@@ -129,9 +129,10 @@ static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 3] = [const { AtomicPtr::
 /// What a work queue of the module is for.
 #[derive(Clone, Copy)]
 pub(crate) enum ModuleQueue {
-    /// Events and faults, of which there can be many and which can take long.
+    /// Events and faults, and what else moves pages: there can be many of them, and they can take long.
     Faults = 0,
-    /// The reset of a lost device, for which reclaim may be waiting.
+    /// The reset of a lost device, for which reclaim may be waiting: nothing here allocates memory, or waits for what does for
+    /// longer than a bounded time.
     Loss = 1,
     /// Work that was held back and can go to a device, and looking after what devices have.
     Submissions = 2,

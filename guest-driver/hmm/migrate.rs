@@ -175,7 +175,7 @@ impl Entries {
     /// # Safety
     ///
     /// `args` must describe a range of a vma that cannot go away, with a `fault_page` that is locked if it is
-    /// set at all; or, for [`Kind::Pages`], `source` must be the frame numbers of device-private pages.
+    /// set at all; or, for [`Kind::Pages`], `source` must be the frame numbers of device pages.
     unsafe fn setup(&mut self) -> Result {
         // INVARIANT: The buffers are not reallocated.
         self.args.src = self.source.as_mut_ptr();
@@ -387,8 +387,8 @@ pub(crate) fn setup_fault<'a>(fault: &'a FaultedPage<'_>, around: usize) -> Resu
 
 /// Unmaps device pages wherever they are mapped, in order to bring them home.
 ///
-/// Only for what cannot be reached through a process: the kernel (7.3) does not keep the page's anon_vma while
-/// such a migration is under way, although `rmap_walk_anon_lock()` asks for that of users without mmap_lock.
+/// Only for what cannot be reached through a process: a kernel (7.3) without the first of our patches does not keep the
+/// page's anon_vma while such a migration is under way, although `rmap_walk_anon_lock()` asks for that of users without mmap_lock.
 /// If the last mapping goes meanwhile then `remove_migration_ptes()` looks at one that may be freed (KASAN has
 /// seen it). A page that is not mapped any more, but not freed yet, because it is in a batch of mlock's, say,
 /// is therefore not even tried.
@@ -416,7 +416,7 @@ pub(crate) fn setup_device_pages(pages: impl Iterator<Item = DevicePage>) -> Res
     }
     let nothing = source.is_empty();
     let mut entries = Entries::new(Kind::Pages, source)?;
-    // SAFETY: `source` has the frame numbers of device-private pages. Without any, all that this does is to drain the
+    // SAFETY: `source` has the frame numbers of device pages. Without any, all that this does is to drain the
     // batches of this CPU.
     unsafe { entries.setup() }?;
     let unmapped = Unmapped {
@@ -574,6 +574,10 @@ fn carry_out(entries: &mut Entries, each: &mut dyn FnMut(usize, Outcome)) {
             continue;
         };
         if entries.purpose == Purpose::Move {
+            if page.is_coherent() {
+                // As above: the kernel may move it home itself, for a long-term pin, and then nobody else says so.
+                pfn.mark_dirty();
+            }
             each(index, Outcome::Away(page, order));
             continue;
         }
