@@ -802,8 +802,12 @@ impl Residency {
         );
         let mut round = 0u32;
         loop {
-            let left = Self::evict_once(gpu) + gpu.contexts().all_leaving();
-            if left == 0 {
+            // Who is on the way is not in the table, and can come back to it behind the back of whoever walks over it.
+            let contexts = gpu.contexts();
+            let departures = contexts.departures();
+            let leaving = contexts.all_leaving();
+            let left = Self::evict_once(gpu) + leaving;
+            if left == 0 && contexts.departures() == departures {
                 return;
             }
             round = round.wrapping_add(1);
