@@ -529,10 +529,13 @@ impl AddressSpace {
             }
         }
         if atomic && matches!(policy.atomics, Atomics::Auto | Atomics::Pin) {
-            // With no lock held.
-            self.gpu
-                .pins()
-                .make_room(&self.gpu, wanted.len().div_ceil(PAGE_SIZE));
+            let pins = self.gpu.pins();
+            let pages = wanted.len().div_ceil(PAGE_SIZE);
+            // What is pinned already, and only has to be mapped again, needs no room.
+            if !pins.has_room(pages) && self.is_at_home(&mm, &window, va)? {
+                // With no lock held.
+                pins.make_room(&self.gpu, pages);
+            }
         }
         self.map_where_it_is(&mm, &window, wanted, policy, batch)
     }

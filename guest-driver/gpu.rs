@@ -11,7 +11,8 @@
 //! 5. `CopyEngine::mapped`, `Gpu::transport` (held only to take or drop it), `Contexts::table`
 //! 6. spinlocks: channels, fences (`fence.rs`), the page table of `hmm::memory`
 //!
-//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it.
+//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it. `Advice::pieces` is taken with 1 to 3 held;
+//! under it memory is allocated, and no other lock is taken. `Dmirror::turn` comes before 1.
 //!
 //! A request waits with 4 held, but for a time that is bounded: a device that does not answer within
 //! `timeout_ms` is lost. It is then reset, which ends all that was outstanding, and nothing is asked of it
