@@ -638,7 +638,7 @@ impl Residency {
     }
 
     /// Brings home the pages of `space`, which the device does not access any more, as far as its process
-    /// can reach them. The others (moved by mremap, inaccessible, or shared with a child that has outlived the
+    /// can reach them. The others (moved by mremap, or shared with a child that has outlived the
     /// process) belong to nobody from now on, and come home when a CPU touches them.
     pub(crate) fn release(gpu: &Gpu, space: &AddressSpace) {
         let memory = gpu.memory();

@@ -129,7 +129,8 @@ static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 3] = [const { AtomicPtr::
 /// What a work queue of the module is for.
 #[derive(Clone, Copy)]
 pub(crate) enum ModuleQueue {
-    /// Events and faults, of which there can be many and which can take long.
+    /// Events and faults, of which there can be many and which can take long; and pins that are given back, which takes locks
+    /// of processes. Nothing in reclaim may wait for these.
     Faults = 0,
     /// The reset of a lost device, for which reclaim may be waiting.
     Loss = 1,

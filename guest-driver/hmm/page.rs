@@ -139,7 +139,7 @@ impl Drop for NewSystemPage {
 /// itself. Its metadata is with a device-private page meanwhile.
 ///
 /// Dropping it frees the page, and with it the data; that is right once the device-private page that stands
-/// in for it is freed. To give the page back, see [`super::migrate::Unmapped::unpin`].
+/// in for it is freed. To give the page back, see [`super::migrate::Unmapped::give_back`].
 ///
 /// # Invariants
 ///
