@@ -23,8 +23,9 @@
 //!
 //! - with `MIGRATE_PFN_PIN` and `MIGRATE_PFN_UNPIN` the kernel knows what is going on;
 //! - without, [`Unmapped::advance`] takes a reference of its own to the source page between `migrate_vma_pages()` and
-//!   `migrate_vma_finalize()`, and clears its mapping. The latter puts only the destination on the LRU, so
-//!   that the source stays where it is, with that one reference. The reverse holds for giving it back.
+//!   `migrate_vma_finalize()`. The latter puts only the destination on the LRU, so that the source stays where it is, with that
+//!   one reference, and a mapping that means nothing any more: who would look at it asks for LRU pages. The reverse holds for
+//!   giving it back.
 //!
 //! A folio is always split to be pinned: its pages go home one by one.
 //!
@@ -511,11 +512,14 @@ impl<'a> Unmapped<'a> {
     pub(crate) fn give_back(&mut self, index: usize, page: PinnedPage) {
         let pfn = page.into_raw();
         // SAFETY: This owns the page's one reference; nobody else can hold its lock for long. A kernel without
-        // MIGRATE_PFN_UNPIN drops a destination that it does not need, so give it a reference of its own.
+        // MIGRATE_PFN_UNPIN drops a destination that it does not need, so give it a reference of its own; and it
+        // takes a destination for new memory, so the mapping that the page had goes. (Not before: as long as entries of page tables
+        // lead to the page, for which it is being migrated, whoever removes one looks there for what to take it off of.)
         unsafe {
             c::pinion_lock_page(pfn.page());
             if !KERNEL_PINS {
                 c::pinion_get_page(pfn.page());
+                c::pinion_page_clear_mapping(pfn.page());
             }
         }
         let _ = self.set_destination(index, pfn, 0, UNPIN);
@@ -576,13 +580,9 @@ fn carry_out(entries: &mut Entries, each: &mut dyn FnMut(usize, Outcome)) {
         // SAFETY: The entry was valid when it was set up, and has migrated.
         let source = unsafe { Pfn::new(source >> SHIFT) };
         if !KERNEL_PINS {
-            // SAFETY: The source page is still locked and referenced by the migration, mapped nowhere, and its
-            // metadata has moved to the destination, so that its mapping means nothing any more. This takes
-            // the reference that makes it the driver's.
-            unsafe {
-                c::pinion_get_page(source.page());
-                c::pinion_page_clear_mapping(source.page());
-            }
+            // SAFETY: The source page is still locked and referenced by the migration. This takes the reference that makes
+            // it the driver's.
+            unsafe { c::pinion_get_page(source.page()) };
         }
         // SAFETY: The reference is the one just taken, or the one that the kernel hands over in finalize for an
         // entry that has been migrated with MIGRATE_PFN_PIN. The page is unmapped and isolated.
