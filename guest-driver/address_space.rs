@@ -529,10 +529,13 @@ impl AddressSpace {
             }
         }
         if atomic && matches!(policy.atomics, Atomics::Auto | Atomics::Pin) {
-            // With no lock held.
-            self.gpu
-                .pins()
-                .make_room(&self.gpu, wanted.len().div_ceil(PAGE_SIZE));
+            let pins = self.gpu.pins();
+            let pages = wanted.len().div_ceil(PAGE_SIZE);
+            // What is pinned already, and only has to be mapped again, needs no room.
+            if !pins.has_room(pages) && self.is_at_home(&mm, &window, va)? {
+                // With no lock held.
+                pins.make_room(&self.gpu, pages);
+            }
         }
         self.map_where_it_is(&mm, &window, wanted, policy, batch)
     }
@@ -596,6 +599,12 @@ impl AddressSpace {
             }
             other => other?,
         };
+        // What a program says about its memory is a revocation too, which comes after what it has said can be read here. Without
+        // this, one that came before the sequence began would be missed, and the GPU given what it must not have any more.
+        let (current, alike) = self.advice.get(va);
+        if current != policy || alike.end < range.end {
+            return Err(EAGAIN);
+        }
         let exclusive = match policy.atomics {
             Atomics::Unprotected => false,
             _ => atomic,
@@ -629,10 +638,11 @@ impl AddressSpace {
             }
             Found::System { .. } | Found::Coherent { .. } => {}
         }
-        if pages.is_huge(0) && range.len() < WINDOW_SIZE {
+        let base = va & !(WINDOW_SIZE - 1);
+        let is_alike = alike.start <= base && base + WINDOW_SIZE <= alike.end;
+        if pages.is_huge(0) && range.len() < WINDOW_SIZE && is_alike {
             // What is mapped as one on that side can be on this one, and costs no more.
-            range.start &= !(WINDOW_SIZE - 1);
-            range.end = range.start + WINDOW_SIZE;
+            range = base..base + WINDOW_SIZE;
             pages = read_range(&mut sequence, mm, range.clone(), Wanted::Nothing, owner)?;
         }
         let mut entries = KVec::from_elem(0, pages.len(), GFP_KERNEL)?;

@@ -347,10 +347,18 @@ fn release(gpu: &Gpu) -> Result {
 }
 
 /// Stores what the CPU's page table says about `range` at `ptr`, a byte for each page.
+///
+/// # Errors
+///
+/// EFAULT: it cannot be stored there. EINTR: a signal has come. As [`AddressSpace::snapshot`] otherwise.
 fn snapshot(space: &AddressSpace, kind: Kind, range: &Range<usize>, ptr: usize) -> Result {
     let mut writer = UserSlice::new(UserPtr::from_addr(ptr), range.len() / PAGE_SIZE).writer();
     let mut bytes = KVec::with_capacity(MAX_PAGES, GFP_KERNEL)?;
     for start in range.clone().step_by(MAX_PAGES * PAGE_SIZE) {
+        // The range can be all there is.
+        if kernel::current!().signal_pending() {
+            return Err(EINTR);
+        }
         let end = (start + MAX_PAGES * PAGE_SIZE).min(range.end);
         bytes.clear();
         let mut result = Ok(());

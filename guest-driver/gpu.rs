@@ -11,7 +11,8 @@
 //! 5. `CopyEngine::mapped`, `Gpu::transport` (held only to take or drop it), `Contexts::table`
 //! 6. spinlocks: channels, fences (`fence.rs`), the page table of `hmm::memory`
 //!
-//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it.
+//! `Ring::state` is taken with none of them held, and only spinlocks are taken under it. `Advice::pieces` is taken with 1 to 3 held;
+//! under it memory is allocated, and no other lock is taken. `Dmirror::turn` comes before 1.
 //!
 //! A request waits with 4 held, but for a time that is bounded: a device that does not answer within
 //! `timeout_ms` is lost. It is then reset, which ends all that was outstanding, and nothing is asked of it
@@ -87,8 +88,10 @@ pub(crate) struct Contexts {
     /// Contexts that are taken, though not (yet, or any more) in the table, and for whom.
     #[pin]
     taken: SpinLock<KVVec<Option<Holder>>>,
-    /// How many pages of each context are on their way home.
+    /// How many journeys home are under way with pages of each context; the last one is for those of no context.
     leaving: KVVec<Atomic<i32>>,
+    /// How many journeys have begun.
+    departures: Atomic<i64>,
 }
 
 /// Whom a context is for.
@@ -118,12 +121,17 @@ impl Contexts {
             table.push(None, GFP_KERNEL)?;
         }
         let taken = KVVec::from_elem(None, count, GFP_KERNEL)?;
-        let mut leaving = KVVec::with_capacity(count, GFP_KERNEL)?;
-        for _ in 0..count {
+        let mut leaving = KVVec::with_capacity(count + 1, GFP_KERNEL)?;
+        for _ in 0..=count {
             leaving.push(Atomic::new(0), GFP_KERNEL)?;
         }
         Arc::pin_init(
-            pin_init!(Self { table <- new_spinlock!(table), taken <- new_spinlock!(taken), leaving }),
+            pin_init!(Self {
+                table <- new_spinlock!(table),
+                taken <- new_spinlock!(taken),
+                leaving,
+                departures: Atomic::new(0),
+            }),
             GFP_KERNEL,
         )
     }
@@ -178,23 +186,33 @@ impl Contexts {
         }
     }
 
-    /// Counts a page of `context` as on its way home.
+    /// Counts pages of `context`, or of none, as on their way home. To be called before any of them is taken out of the table.
     pub(crate) fn leave(&self, context: u32) -> Leaving<'_> {
-        let count = self.leaving.get(context as usize);
+        let count = self.leaving.get(context.min(self.count()) as usize);
         if let Some(count) = count {
             count.fetch_add(1, Full);
         }
+        // In this order: see `departures`.
+        self.departures.fetch_add(1, Full);
         Leaving(count)
     }
 
-    /// How many pages of `context` are on their way home.
+    /// How many journeys home have begun so far.
+    ///
+    /// If nobody is on the way ([`Self::all_leaving`], asked after this) and this is still the same later, then nobody was
+    /// meanwhile.
+    pub(crate) fn departures(&self) -> i64 {
+        self.departures.load(Acquire)
+    }
+
+    /// How many journeys home are under way with pages of `context`.
     pub(crate) fn leaving(&self, context: u32) -> usize {
         self.leaving
             .get(context as usize)
             .map_or(0, |count| count.load(Acquire) as usize)
     }
 
-    /// How many pages are on their way home.
+    /// How many journeys home are under way, with pages of no context as well.
     pub(crate) fn all_leaving(&self) -> usize {
         self.leaving
             .iter()
@@ -204,7 +222,7 @@ impl Contexts {
 
     /// How many there can be.
     fn count(&self) -> u32 {
-        self.leaving.len() as u32
+        (self.leaving.len() - 1) as u32
     }
 
     /// The address space of a context.

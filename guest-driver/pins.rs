@@ -85,12 +85,22 @@ impl Pins {
         self.memory.allocate_stand_in(self.limit)
     }
 
+    /// By how many pages the limit would be exceeded with so many more. (More than the limit cannot be wanted.)
+    fn excess(&self, pages: usize) -> usize {
+        (self.pinned() + pages.min(self.limit)).saturating_sub(self.limit)
+    }
+
+    /// Whether there is room for so many, which somebody else may take.
+    pub(crate) fn has_room(&self, pages: usize) -> bool {
+        self.excess(pages) == 0
+    }
+
     /// Makes room for so many, which somebody else may take.
     ///
     /// Takes locks of processes: none of any may be held.
     pub(crate) fn make_room(&self, gpu: &Gpu, pages: usize) {
         for _ in 0..ROUNDS {
-            let over = (self.pinned() + pages.min(self.limit)).saturating_sub(self.limit);
+            let over = self.excess(pages);
             if over == 0 {
                 return;
             }

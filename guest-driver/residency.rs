@@ -643,7 +643,7 @@ impl Residency {
     }
 
     /// Brings home the pages of `space`, which the device does not access any more, as far as its process
-    /// can reach them. The others (moved by mremap, inaccessible, or shared with a child that has outlived the
+    /// can reach them. The others (moved by mremap, or shared with a child that has outlived the
     /// process) belong to nobody from now on, and come home when a CPU touches them.
     pub(crate) fn release(gpu: &Gpu, space: &AddressSpace) {
         let memory = gpu.memory();
@@ -807,10 +807,14 @@ impl Residency {
         );
         let mut round = 0u32;
         loop {
-            // What somebody is moving or pinning right now has no data yet, and is not found: but it is in use, and will have.
-            let left = Self::evict_once(gpu) + gpu.contexts().all_leaving();
+            // Who is on the way is not in the table, and can come back to it behind the back of whoever walks over it. And what somebody is
+            // moving or pinning right now has no data yet, and is not found: but it is in use, and will have.
+            let contexts = gpu.contexts();
+            let departures = contexts.departures();
+            let leaving = contexts.all_leaving();
+            let left = Self::evict_once(gpu) + leaving;
             let left = left.max(memory.used() + memory.pinned());
-            if left == 0 {
+            if left == 0 && contexts.departures() == departures {
                 return;
             }
             round = round.wrapping_add(1);

@@ -129,7 +129,8 @@ static QUEUES: [AtomicPtr<bindings::workqueue_struct>; 3] = [const { AtomicPtr::
 /// What a work queue of the module is for.
 #[derive(Clone, Copy)]
 pub(crate) enum ModuleQueue {
-    /// Events and faults, and what else moves pages: there can be many of them, and they can take long.
+    /// Events and faults, and what else moves pages: there can be many of them, they can take long, and they take locks of
+    /// processes. Nothing in reclaim may wait for these.
     Faults = 0,
     /// The reset of a lost device, for which reclaim may be waiting: nothing here allocates memory, or waits for what does for
     /// longer than a bounded time.

@@ -273,19 +273,23 @@ impl AddressSpace {
         Ok(count)
     }
 
+    /// Whether the GPU may do atomic operations anywhere in `range`, which can be all there is: only windows are looked at.
+    pub(crate) fn has_atomic(&self, range: Range<usize>) -> bool {
+        let mut base = range.start & !(WINDOW_SIZE - 1);
+        while let Some((next, window)) = self.find_from(base, range.end) {
+            base = next + WINDOW_SIZE;
+            let window = window.look();
+            let is_atomic = |va| u64::from(window.rights(va)) & abi::PTE_ATOMIC != 0;
+            let mut addresses = (next.max(range.start)..base.min(range.end)).step_by(PAGE_SIZE);
+            if addresses.any(is_atomic) {
+                return true;
+            }
+        }
+        false
+    }
+
     /// How many pages the GPU maps from the beginning of `range` on, up to the first that it does not.
     pub(crate) fn mapped(&self, range: Range<usize>) -> usize {
-        self.count_while(range, |rights| rights != 0)
-    }
-
-    /// Whether the GPU may do atomic operations anywhere in `range`.
-    pub(crate) fn has_atomic(&self, range: Range<usize>) -> bool {
-        let pages = range.len() / PAGE_SIZE;
-        self.count_while(range, |rights| u64::from(rights) & abi::PTE_ATOMIC == 0) < pages
-    }
-
-    /// How many pages from the beginning of `range` on have rights for which `holds`.
-    fn count_while(&self, range: Range<usize>, holds: impl Fn(u8) -> bool) -> usize {
         let mut count = 0;
         let mut start = range.start;
         while start < range.end {
@@ -293,17 +297,11 @@ impl AddressSpace {
             let end = (base + WINDOW_SIZE).min(range.end);
             let pages = (end - start) / PAGE_SIZE;
             let window = self.find(base);
-            let here = match &window {
-                Some(window) => {
-                    let window = window.look();
-                    let mut addresses = (start..end).step_by(PAGE_SIZE);
-                    addresses
-                        .position(|va| !holds(window.rights(va)))
-                        .unwrap_or(pages)
-                }
-                None if holds(0) => pages,
-                None => 0,
-            };
+            let here = window.as_ref().map_or(0, |window| {
+                let window = window.look();
+                let mut addresses = (start..end).step_by(PAGE_SIZE);
+                addresses.position(|va| window.rights(va) == 0).unwrap_or(pages)
+            });
             count += here;
             if here < pages {
                 break;

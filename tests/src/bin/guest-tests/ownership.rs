@@ -38,6 +38,7 @@ tests! {
     pinned_then_advised_otherwise
     pinned_then_closed
     unprotected_memory_is_not_pinned
+    a_part_of_a_huge_page_is_unprotected
     memory_accounting_is_the_same_after_a_round_trip
     hand_over_under_contention
 }
@@ -423,6 +424,34 @@ fn pinned_then_closed() -> TestResult {
         drop(gpu);
         ensure_eq!(value(&memory), 5 + round, "the number");
         ensure_eq!(pagemap::pfn(memory.as_ptr())?, pfn, "where the page is");
+    }
+    PASSED
+}
+
+/// What the CPU maps as one, a program can say different things about.
+fn a_part_of_a_huge_page_is_unprotected() -> TestResult {
+    const HUGE: usize = 2 << 20;
+    let gpu = open()?;
+    let memory = Mapping::anonymous(2 * HUGE / 4096)?;
+    memory.advise(libc::MADV_HUGEPAGE)?;
+    let first = memory.as_ptr().align_offset(HUGE);
+    memory.write(first, &vec![0; HUGE]);
+    let half = first + HUGE / 2;
+    gpu.advise_atomics(memory.at(first), HUGE / 2, Atomics::Unprotected)?;
+    execute_ok(&gpu, &[Command::atomic_add(memory.at(first).cast::<u64>(), 1)])?;
+    let page = gpu.query(memory.at(first), 4096)?[0];
+    ensure!(
+        page.state == PageState::Mirrored && page.rights.atomic,
+        "what is unprotected: {page:?}"
+    );
+    for page in &gpu.query(memory.at(half), HUGE / 2)? {
+        ensure!(!page.rights.atomic, "what is not: {page:?}");
+    }
+    execute_ok(&gpu, &[Command::atomic_add(memory.at(half).cast::<u64>(), 1)])?;
+    let page = gpu.query(memory.at(half), 4096)?[0];
+    ensure_eq!(page.state, PageState::Pinned, "what is not, afterwards");
+    for offset in [first, half] {
+        ensure_eq!(memory.atomic(offset).load(Ordering::Relaxed), 1, "the number");
     }
     PASSED
 }
